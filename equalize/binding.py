@@ -1,0 +1,93 @@
+"""Putting a rule on a variable and taking it off, with respect for what else is there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from equalize.errors import GroupMismatchError
+from equalize.groups import Group, Member
+from equalize.rules import Rule
+from equalize.sighting import Sighting
+
+
+def rules_on(variable: keras.Variable) -> Iterator[Rule]:
+    """The rules on a variable: its constraint, its regularizer, and what those carry inside."""
+    for rule in (variable.constraint, variable.regularizer):
+        while isinstance(rule, Rule):
+            if not isinstance(rule, Sighting):
+                yield rule
+            rule = rule.inner
+
+
+def attach(rule: Rule, group: Group, member: Member, inner: Any) -> None:
+    """Binds a rule to a member's variable; `inner` is what goes on inside the rule."""
+    variable = member.variable
+    bound = rule.bind(group, member, inner)
+    if rule.slot == "constraint":
+        variable.constraint = bound
+        if keras.backend.backend() == "jax":
+            variable.regularizer = Sighting().bind(group, member, variable.regularizer)
+    elif isinstance(variable.regularizer, Sighting):
+        variable.regularizer.inner = bound
+    else:
+        variable.regularizer = bound
+
+
+def detach(group: Group) -> None:
+    """Takes a group's rule off its variables and leaves what was inside."""
+    for member in group.members:
+        member.variable.constraint = _without(member.variable.constraint, group)
+        member.variable.regularizer = _without(member.variable.regularizer, group)
+
+
+def inner_for(name: str, rule: Rule, members: list[Member]) -> list[Any]:
+    """What a new rule finds on the variables and keeps as its `inner`, one entry a member.
+
+    Raises:
+        GroupMismatchError: The rule and a variable each bring one, or the members of a projection bring different
+            ones: there is one common value, so there can be one constraint.
+    """
+    found = [_existing(member.variable, rule.slot) for member in members]
+    for member, existing in zip(members, found, strict=True):
+        if rule.inner is not None and existing is not None and _config(rule.inner) != _config(existing):
+            raise GroupMismatchError(
+                f"Cannot tie '{member.path}' into group '{name}': it has the {rule.slot} {_name(existing)} already, "
+                f"and the rule brings {_name(rule.inner)} as `inner`. Expected: one of the two. Leave `inner` out to "
+                f"keep what the variable has, or set `variable.{rule.slot} = None` first."
+            )
+    kept = [rule.inner if existing is None else existing for existing in found]
+    moving = [inner for member, inner in zip(members, kept, strict=True) if not member.constant]
+    if rule.slot == "constraint":
+        for member, inner in zip(members, kept, strict=True):
+            if not member.constant and _config(inner) != _config(moving[0]):
+                lines = "".join(f"\n    {m}: {_name(i)}" for m, i in zip(members, kept, strict=True))
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': expected the constraint {_name(moving[0])}, "
+                    f"which the first member has; received {_name(inner)}. One common value can obey one constraint: "
+                    f"give all members the same, or none.\nMembers:{lines}"
+                )
+    return kept
+
+
+def _existing(variable: keras.Variable, slot: str) -> Any:
+    existing = getattr(variable, slot)
+    return existing.inner if isinstance(existing, Sighting) else existing
+
+
+def _without(rule: Any, group: Group) -> Any:
+    if not isinstance(rule, Rule):
+        return rule
+    inner = _without(rule.inner, group)
+    if rule.bound_group is group:
+        return inner
+    rule.inner = inner
+    return rule
+
+
+def _config(rule: Any) -> Any:
+    return None if rule is None else keras.saving.serialize_keras_object(rule)
+
+
+def _name(rule: Any) -> str:
+    return "none" if rule is None else type(rule).__name__

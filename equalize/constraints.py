@@ -1,0 +1,96 @@
+"""Constraints that tie: what an optimizer step is followed by."""
+
+from typing import Any
+
+import keras
+
+from equalize import rules
+from equalize.errors import EqualizeError
+from equalize.projections import Tensor
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Equal(rules.Rule, keras.constraints.Constraint):
+    """Keeps the variables of a group equal: after every optimizer step each becomes the group's mean.
+
+    Averaging is not sharing. Every member is updated from its own gradient, with its own optimizer slots, and then
+    all become the mean: the orthogonal projection argmin over p of Σ weight_i · ‖w_i − p‖². With SGD that is one
+    shared variable at the learning rate divided by the number of members; with Adam it is something else, since
+    each member has its own moments.
+
+    A constraint alone knows nothing of the others, so `equalize.GroupRegistry().link(model)` must find the members
+    before training. A member that is not trainable is an anchor: it stays, and the others take its value.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        rate: How far each member moves to the mean after a step, in (0, 1]. At 1 the members are bitwise equal
+            after every step. Below 1 they become `(1 − rate)·w_i + rate·mean`, the proximal operator of
+            `(λ/2)·Σ‖w_i − mean‖²` with `rate = λ/(1+λ)`: the spread shrinks by `1 − rate`, the mean stays.
+        weight: The member's positive weight in the mean.
+        view: How the member shows the common value; None for "as it is".
+        inner: A Keras constraint for the common value, as an object, a config or a name. For a convex one the
+            result is the exact projection onto "all equal and each satisfies `inner`".
+
+    Raises:
+        EqualizeError: `group` is empty, `rate` or `weight` is out of range, or `inner` ties as well.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: Training starts and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> inputs = keras.Input((3,))
+    >>> left = keras.layers.Dense(2, kernel_constraint=equalize.constraints.Equal("towers"))
+    >>> right = keras.layers.Dense(2, kernel_constraint=equalize.constraints.Equal("towers"))
+    >>> model = keras.Model(inputs, [left(inputs), right(inputs)])
+    >>> registry = equalize.GroupRegistry().link(model)
+    >>> registry.spread()
+    {'towers': 0.0}
+
+    Reference:
+        Parikh and Boyd, Proximal Algorithms (2014), section 5.2 (consensus).
+    """
+
+    slot = "constraint"
+    own_keys = frozenset({"group", "weight", "view"})
+
+    def __init__(
+        self,
+        group: str | None = None,
+        *,
+        rate: float = 1.0,
+        weight: float = 1.0,
+        view: Any = None,
+        inner: Any = None,
+    ):
+        self.group = rules.checked_group(group)
+        self.rate = rules.checked_number("rate", rate, low=0.0, high=1.0, low_open=True)
+        self.weight = rules.checked_number("weight", weight, low=0.0, high=float("inf"), low_open=True)
+        self.view = rules.checked_view(view)
+        self.inner = rules.checked_inner(keras.constraints.get, inner, "constraint")
+        if isinstance(self.inner, Equal):
+            raise EqualizeError(
+                f"`inner` must not tie: a variable belongs to one hard group. Received: {self.inner!r} inside "
+                f"group {group!r}. Give all members one group name."
+            )
+
+    @property
+    def hard(self) -> bool:
+        """Whether the members are bitwise equal after every step."""
+        return self.rate == 1.0
+
+    def __call__(self, w: Tensor) -> Tensor:
+        group, member = self._require_binding(f"on '{getattr(w, 'path', 'a tensor')}'")
+        return group.project(member)
+
+    def _settings(self) -> dict[str, Any]:
+        inner = {} if self.inner is None else {"inner": type(self.inner).__name__}
+        return ({} if self.rate == 1.0 else {"rate": self.rate}) | inner
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "rate": self.rate,
+            "weight": self.weight,
+            "view": self.view,
+            "inner": keras.constraints.serialize(self.inner) if self.inner is not None else None,
+        }

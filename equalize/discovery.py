@@ -1,0 +1,161 @@
+"""Who is meant: the rules that models carry, and the members that a user names."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+from keras import ops
+
+from equalize import matching, pairing
+from equalize.binding import rules_on
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
+from equalize.groups import Group, Member
+from equalize.rules import Rule
+
+Entries: TypeAlias = "list[tuple[keras.Variable, Rule]]"
+
+
+def find_groups(models: Sequence[keras.Layer]) -> dict[str, Entries]:
+    """The variables with a rule in the order of the models' weights, by the name of the group.
+
+    Raises:
+        NotLinkedError: A model is not built, or carries no rule.
+        EqualizeError: A rule has no group name.
+        TypeError: Something else than a model or layer is given.
+    """
+    if not models:
+        raise EqualizeError("`link` needs a model. Expected: `link(model)`. Received: nothing.")
+    found: dict[str, Entries] = {}
+    seen: set[int] = set()
+    for model in models:
+        rules = 0
+        for variable in _weights(model):
+            for rule in rules_on(variable):
+                rules += 1
+                if rule.group is None:
+                    raise EqualizeError(
+                        f"The rule {rule.describe()} on '{variable.path}' has no group name, so it ties nothing. "
+                        f'Expected: a name shared by all members, as in {type(rule).__name__}("towers").'
+                    )
+                if id(variable) not in seen:
+                    found.setdefault(rule.group, []).append((variable, rule))
+            seen.add(id(variable))
+        if not rules:
+            raise NotLinkedError(
+                f"No rule was found in '{model.name}', so there is nothing to link. Expected: layers with, for "
+                'instance, `kernel_constraint=equalize.constraints.Equal("towers")`. To tie layers that are built '
+                "already, use `registry.tie(name, [layer_1, layer_2], equalize.constraints.Equal())`."
+            )
+    return found
+
+
+def existing_group(name: str, entries: Entries, known: Group | None) -> Group | None:
+    """The group that the entries belong to already, or that they extend; None where they found a new one.
+
+    Raises:
+        GroupMismatchError: A group of this name lives elsewhere.
+    """
+    bound = {id(rule.bound_group): rule.bound_group for _, rule in entries if rule.bound_group is not None}
+    groups = [*bound.values(), *([known] if known is not None and id(known) not in bound else [])]
+    if not groups:
+        return None
+    offered = {id(variable) for variable, _ in entries}
+    complete = all(rule.bound_group is groups[0] for _, rule in entries)
+    extends = {id(member.variable) for member in groups[0].members} <= offered
+    if len(groups) == 1 and (complete or extends):
+        return groups[0]
+    elsewhere = [member for group in groups for member in group.members if id(member.variable) not in offered]
+    raise GroupMismatchError(
+        f"Group '{name}' has members elsewhere already, and the models given name others for it. If one group over "
+        "all of them is meant, link all models in one call: `GroupRegistry().link(model_1, model_2)`. If each model "
+        "is to have a group of its own (a clone, a second copy), give each a registry of its own: "
+        f"`GroupRegistry().link(model_2)`.\nMembers elsewhere:{_lines(elsewhere)}\n"
+        f"Members in the models given:{_lines([Member(variable) for variable, _ in entries])}"
+    )
+
+
+def require_rule(name: str, rule: Any) -> None:
+    """Raises unless `rule` can tie the group `name`."""
+    if not isinstance(name, str):
+        raise TypeError(f"`name` must be a string, the name of the group. Received: {name!r} of type {type(name)}.")
+    if not name.strip():
+        raise EqualizeError(f"`name` must not be empty. Expected the name of the group. Received: {name!r}.")
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            "`rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()` or "
+            f"`equalize.regularizers.MeanL2(factor=0.01)`. Received: {rule!r} of type {type(rule)}."
+        )
+    if rule.group not in (None, name):
+        raise EqualizeError(
+            f"`tie` was given the name '{name}' and a rule of group '{rule.group}'. Expected: one name. Leave the "
+            f"group out of the rule: {rule.describe()}."
+        )
+
+
+def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
+    """The members of each group that a `tie` makes, and whether layers were given.
+
+    Raises:
+        TypeError: A member is of no known type, or layers are mixed with others.
+    """
+    if not isinstance(members, (list, tuple)):
+        raise TypeError(
+            f"`members` of '{name}' must be a list of variables, arrays or layers. Received: {members!r} of type "
+            f"{type(members)}."
+        )
+    layers = [member for member in members if isinstance(member, keras.Layer)]
+    if layers and len(layers) == len(members):
+        if len(layers) == 1:
+            raise GroupMismatchError(
+                f"Group '{name}' has one member: layer '{layers[0].name}'. Expected: at least two layers."
+            )
+        paired = pairing.paired_weights(name, layers)
+        return {f"{name}/{place}": [Member(v) for v in variables] for place, variables in paired.items()}, True
+    if layers:
+        raise TypeError(
+            f"Cannot tie '{name}': expected either layers or variables; received both. Name the variable of the "
+            f"layer, for instance `{layers[0].name}.kernel`."
+        )
+    if not members:
+        raise GroupMismatchError(f"Group '{name}' has no members. Expected: at least two.")
+    variables = [member for member in members if isinstance(member, keras.Variable)]
+    dtype = keras.backend.standardize_dtype(variables[0].dtype) if variables else None
+    return {name: [_member(name, member, dtype) for member in members]}, False
+
+
+def _member(name: str, member: Any, dtype: str | None) -> Member:
+    if isinstance(member, keras.Variable):
+        return Member(member)
+    native = hasattr(member, "assign") or (hasattr(member, "requires_grad_") and type(member).__name__ == "Parameter")
+    if native or not (isinstance(member, np.ndarray) or ops.is_tensor(member)):
+        raise TypeError(
+            f"Cannot tie a member into group '{name}': expected a `keras.Variable` (for instance `layer.kernel`), a "
+            f"built layer, or an array; received {member!r} of type {type(member)}."
+        )
+    constant = keras.Variable(ops.convert_to_numpy(member), dtype=dtype, trainable=False, name="constant")
+    return Member(constant, constant=True)
+
+
+def _weights(model: Any) -> list[keras.Variable]:
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            f"`link` expects Keras models or layers. Received: {model!r} of type {type(model)}. Variables are tied "
+            "with `tie(name, [variable_1, variable_2], rule)`."
+        )
+    unbuilt = [layer for layer in model._flatten_layers() if not layer.built and _carries_rule(layer)]
+    if not model.built or unbuilt:
+        names = ", ".join(f"'{layer.name}'" for layer in unbuilt) or f"'{model.name}'"
+        raise NotLinkedError(
+            f"Cannot link '{model.name}': it has no weights for {names} yet, since it is not built. Expected: a "
+            "built model. Give it an `Input`, call `model.build(input_shape)`, or call it once on data."
+        )
+    return list(model.weights)
+
+
+def _carries_rule(layer: keras.Layer) -> bool:
+    return any(isinstance(value, Rule) for value in vars(layer).values())
+
+
+def _lines(members: Sequence[Member]) -> str:
+    return matching.listing(members).removeprefix("\nMembers:")

@@ -1,0 +1,280 @@
+"""Groups and their members: who is tied, what the common value is, and how far apart the members are."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from equalize import backend, freshness, projections
+from equalize.errors import EqualizeError, GroupMismatchError
+from equalize.projections import Tensor
+
+_mean = backend.fused(projections.mean)
+
+
+class Member:
+    """One variable of a group.
+
+    The variable is held weakly, since a tie keeps no model alive. A constant belongs to the group and is held.
+
+    Attributes:
+        path: Where the variable lives, as `variable.path` gives it.
+        view: How the member shows the group's common value; None for "as it is".
+        weight: The member's weight in the mean.
+    """
+
+    def __init__(self, variable: keras.Variable, *, view: Any = None, weight: float = 1.0, constant: bool = False):
+        self._variable = weakref.ref(variable)
+        self._constant = variable if constant else None
+        self._sighted: weakref.ref[Any] | None = None
+        self.path: str = "constant" if constant else variable.path
+        self.view = view
+        self.weight = weight
+
+    @property
+    def variable(self) -> keras.Variable:
+        """The `keras.Variable`; for a constant, one that is not trainable and that nobody else has."""
+        variable = self._variable()
+        if variable is None:
+            raise EqualizeError(f"The variable '{self.path}' no longer exists: its model has been deleted.")
+        return variable
+
+    @property
+    def alive(self) -> bool:
+        """Whether the variable still exists."""
+        return self._variable() is not None
+
+    @property
+    def constant(self) -> bool:
+        """Whether the member is an array that was given, not a variable of a model."""
+        return self._constant is not None
+
+    @property
+    def anchor(self) -> bool:
+        """Whether the member never moves: it is a constant, or not trainable."""
+        return not self.variable.trainable
+
+    def sight(self) -> None:
+        """Remembers the value that the current step sees, for a scope that does not carry it."""
+        if backend.visible(self.variable):
+            self._sighted = weakref.ref(backend.read(self.variable))
+
+    @property
+    def sighted(self) -> Tensor | None:
+        """The value that `sight` saw, if the step that it belongs to is still being traced."""
+        return None if self._sighted is None else self._sighted()
+
+    def __str__(self) -> str:
+        variable = self.variable
+        return f"'{self.path}' {tuple(variable.shape)} {keras.backend.standardize_dtype(variable.dtype)}"
+
+    def __repr__(self) -> str:
+        return f"<Member {self if self.alive else repr(self.path) + ' (deleted)'}>"
+
+
+class Group:
+    """Variables that a rule ties, in the order in which they were found or given.
+
+    Made by `GroupRegistry.link` and `GroupRegistry.tie`, and read from the registry: `registry["towers"]`.
+
+    Attributes:
+        name: The group's name.
+        rule: The rule, for instance `equalize.constraints.Equal()`.
+    """
+
+    def __init__(self, name: str, members: Sequence[Member], rule: Any):
+        self.name = name
+        self.rule = rule
+        self._members = tuple(members)
+        self._projected: dict[Member, tuple[freshness.Unwritten, weakref.ref[Any]]] = {}
+        self._statistic: _Statistic | None = None
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The members whose variables still exist."""
+        return tuple(member for member in self._members if member.alive)
+
+    @property
+    def hard(self) -> bool:
+        """Whether the members are bitwise equal after every optimizer step."""
+        return self.rule.hard
+
+    @property
+    def projects(self) -> bool:
+        """Whether the rule is a projection (hard, or partial) and not a penalty."""
+        return self.rule.slot == "constraint"
+
+    @property
+    def value(self) -> Tensor:
+        """The common value: that of the anchors where there are any, else the mean of the members."""
+        return self._common_value(self.members)
+
+    def spread(self) -> float:
+        """The largest entry of max − min over the members: 0.0 where they are equal, infinite at a lone NaN."""
+        values = [ops.convert_to_numpy(member.variable.value).astype("float64") for member in self.members]
+        if not values or values[0].size == 0:
+            return 0.0
+        first = values[0]
+        alike = np.all([(value == first) | (np.isnan(value) & np.isnan(first)) for value in values], axis=0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = np.max(values, axis=0) - np.min(values, axis=0)
+        return float(np.max(np.where(alike, 0.0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))))
+
+    def project(self, caller: Member | None = None) -> Tensor | None:
+        """Writes the common value to the members that may move; returns what `caller` becomes, for Keras to write.
+
+        Keras calls every member's constraint, so the first call of a step works for all, and a call whose member
+        cannot have been written since returns what is there.
+
+        Raises:
+            GroupMismatchError: Two anchors differ.
+            EqualizeError: The step cannot reach a member, which happens on JAX.
+        """
+        if caller is not None and caller in self._projected:
+            unwritten, written = self._projected.pop(caller)
+            if unwritten(caller.variable):
+                value = written()
+                return backend.read(caller.variable) if value is None else value
+        members = self.members
+        self._require_reach(members)
+        target = self._common_value(members)
+        result = None
+        self._projected.clear()
+        for member in members:
+            if member.anchor:
+                continue
+            value = projections.relax(backend.read(member.variable), target, self.rule.rate)
+            if member is caller:
+                result = value
+                continue
+            member.variable.assign(backend.own_copy(value))
+            if caller is not None:
+                self._projected[member] = freshness.watch(member.variable), weakref.ref(value)
+        return backend.read(caller.variable) if caller and result is None else result
+
+    def share(self, member: Member, x: Tensor) -> Tensor:
+        """The share of a member, whose value is `x`, in the group's penalty. Where no member may move there is none.
+
+        What anchors contribute is spread over the shares of the others, since Keras asks only trainable variables.
+        """
+        members = self.members
+        statistic = self._statistic
+        if statistic is None or not statistic.serves(self.rule, member, members):
+            self._require_reach(members)
+            statistic = self._statistic = _Statistic(self.rule, members)
+        share = statistic.share(member, projections.widen(x))
+        if statistic.spent:
+            self._statistic = None
+        return share
+
+    def penalty(self) -> Tensor:
+        """The whole penalty, differentiable in every member that may move."""
+        members = self.members
+        moving = [member for member in members if not member.anchor]
+        if not moving:
+            return _Statistic(self.rule, members).anchored
+        shares = [self.share(member, ops.convert_to_tensor(member.variable.value)) for member in moving]
+        return sum(shares[1:], start=shares[0])
+
+    def sync(self, method: str) -> None:
+        """Makes the members equal: to the anchors, else to the first of them or to their mean."""
+        members = self.members
+        if method == "mean" or any(member.anchor for member in members):
+            value = self._common_value(members)
+        else:
+            value = backend.read(members[0].variable)
+        for member in members:
+            if not member.anchor:
+                member.variable.assign(backend.own_copy(value))
+
+    def require_anchors_agree(self) -> None:
+        """Raises `GroupMismatchError` where two anchors differ, as far as their values can be had."""
+        anchors = [(m, backend.concrete(m.variable)) for m in self.members if m.anchor]
+        known = [(member, value) for member, value in anchors if value is not None]
+        for member, value in known[1:]:
+            if not np.array_equal(value, known[0][1], equal_nan=True):
+                raise GroupMismatchError(
+                    f"Group '{self.name}' cannot be made equal: {known[0][0]} and {member} do not move (they are not "
+                    f"trainable, or constants) and differ by up to {np.max(np.abs(value - known[0][1])):g}. "
+                    "Expected: at most one value among the members that do not move. "
+                    "Set the two to one value, or make one of them trainable."
+                )
+
+    def _common_value(self, members: Sequence[Member]) -> Tensor:
+        anchors = [member for member in members if member.anchor]
+        if anchors:
+            self.require_anchors_agree()
+            return self._anchored_value(anchors[0])
+        mean = _mean([backend.read(m.variable) for m in members], tuple(m.weight for m in members))
+        inner = self.rule.inner if self.projects else None
+        return mean if inner is None else ops.cast(inner(mean), mean.dtype)
+
+    def _anchored_value(self, anchor: Member) -> Tensor:
+        """The value of an anchor, which an optimizer on JAX does not carry."""
+        if backend.visible(anchor.variable) or not backend.purged(anchor.variable):
+            return backend.read(anchor.variable)
+        if anchor.sighted is not None:
+            return anchor.sighted
+        raise EqualizeError(
+            f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this step "
+            "does not see it. Expected: a step that computes `model.losses`, as `fit` does, or one that runs the "
+            "optimizer in a `keras.StatelessScope` over all variables of the model."
+        )
+
+    def _require_reach(self, members: Sequence[Member]) -> None:
+        """On JAX a step sees and changes only what its scope carries; elsewhere everything."""
+        if backend.in_symbolic_scope():
+            return
+        for member in members:
+            if not member.anchor and not backend.visible(member.variable):
+                seen = ", ".join(str(m) for m in members if backend.visible(m.variable))
+                raise EqualizeError(
+                    f"Group '{self.name}' cannot reach its member {member} in this step. It sees: {seen}. On JAX an "
+                    "optimizer or a loss carries only the variables that it was given, and a change of any other is "
+                    "lost. Train all members with one optimizer in one model, or apply the optimizers inside one "
+                    "`keras.StatelessScope` that is given the variables of all."
+                )
+
+    def __repr__(self) -> str:
+        return f"<Group {self.name!r}: {self.rule.describe()}, {len(self.members)} members>"
+
+
+class _Statistic:
+    """What the shares of one evaluation of a penalty have in common, computed once for all of them."""
+
+    def __init__(self, rule: Any, members: Sequence[Member]):
+        values = [ops.stop_gradient(projections.widen(backend.read(member.variable))) for member in members]
+        self.value = ops.stop_gradient(rule.statistic(values))
+        self._open = {member for member in members if not member.anchor}
+        anchored = [
+            rule.share(value, self.value, len(members))
+            for member, value in zip(members, values, strict=True)
+            if member not in self._open
+        ]
+        self.anchored = sum(anchored[1:], start=anchored[0]) / max(len(self._open), 1) if anchored else None
+        self._rule, self._factor = rule, rule.factor
+        self._unwritten = {member: freshness.watch(member.variable) for member in members}
+
+    def serves(self, rule: Any, member: Member, members: Sequence[Member]) -> bool:
+        """Whether the member's share may use this: the first time, and while nothing has changed."""
+        return (
+            member in self._open
+            and rule is self._rule
+            and rule.factor == self._factor
+            and len(members) == len(self._unwritten)
+            and all(self._unwritten[m](m.variable) for m in members)
+        )
+
+    def share(self, member: Member, x: Tensor) -> Tensor:
+        """The member's share, with its part of what the anchors contribute."""
+        self._open.discard(member)
+        share = self._rule.share(x, self.value, len(self._unwritten))
+        return share if self.anchored is None else share + self.anchored
+
+    @property
+    def spent(self) -> bool:
+        """Whether every member that may move has had its share."""
+        return not self._open

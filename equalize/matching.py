@@ -1,0 +1,106 @@
+"""Whether the members of a group fit together, checked before anything is changed."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import keras
+
+from equalize.binding import rules_on
+from equalize.errors import GroupMismatchError, TieBrokenError
+from equalize.groups import Group, Member
+from equalize.rules import Rule
+
+
+def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rule]) -> None:
+    """Raises `GroupMismatchError` unless the members can be one group: enough, distinct, of one shape, dtype, rule."""
+    _require_distinct(name, members)
+    first = members[0]
+    for member, rule in zip(members[1:], member_rules[1:], strict=True):
+        for what, expected, received in (
+            ("shape", tuple(first.variable.shape), tuple(member.variable.shape)),
+            ("dtype", _dtype(first), _dtype(member)),
+        ):
+            if expected != received:
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': expected {what} {expected}, set by "
+                    f"'{first.path}'; received {received}. Tie variables of one {what}.{listing(members)}"
+                )
+        if type(rule) is not type(member_rules[0]) or rule.common_config() != member_rules[0].common_config():
+            raise GroupMismatchError(
+                f"The rules of group '{name}' disagree: expected {_written(member_rules[0])}, set by '{first.path}'; "
+                f"received {_written(rule)} from '{member.path}'. Give all members the same rule, or another "
+                f"group name.{listing(members)}"
+            )
+    if not keras.backend.is_float_dtype(_dtype(first)):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': expected variables of a floating dtype; received {_dtype(first)}. "
+            f"A mean of such values is no such value. Tie trainable weights.{listing(members)}"
+        )
+    if all(member.constant for member in members):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': expected at least one variable; received only constants.{listing(members)}"
+        )
+
+
+def require_company(name: str, members: Sequence[Member], others: Iterable[str]) -> None:
+    """Raises `GroupMismatchError` for a group of one, which is how a misspelt name shows."""
+    if len(members) > 1:
+        return
+    near = difflib.get_close_matches(name, [other for other in others if other != name], n=1, cutoff=0.0)
+    hint = (
+        f"The nearest other group is '{near[0]}': is one of the two misspelt?" if near else "There is no other group."
+    )
+    raise GroupMismatchError(
+        f"Group '{name}' has one member: {members[0]}. Expected: at least two. {hint} "
+        "Give another variable the same group name, or take the rule away."
+    )
+
+
+def require_no_other_hard_group(name: str, members: Sequence[Member], group: Group | None = None) -> None:
+    """Raises `GroupMismatchError` where a member is projected by another group already."""
+    for member in members:
+        for rule in rules_on(member.variable):
+            if rule.slot == "constraint" and (rule.bound_group is not group or group is None):
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{rule.group}' already "
+                    f"({rule.describe()}), and a variable can be projected by one group only. Name all members in one "
+                    f"group, or call `untie({rule.group!r})` first.{listing(members)}"
+                )
+
+
+def require_equal(group: Group) -> None:
+    """Raises `TieBrokenError` unless the members are equal, saying which differ and by how much."""
+    if group.spread() == 0.0:
+        return
+    members = group.members
+    pairs = [(member, Group(group.name, (members[0], member), group.rule)) for member in members[1:]]
+    distances = "".join(f"\n    {member}: differs from the first by up to {pair.spread():g}" for member, pair in pairs)
+    raise TieBrokenError(
+        f"The members of group '{group.name}' are not equal: expected a spread of 0, received {group.spread():g}.\n"
+        f"    {members[0]}: the first{distances}\n"
+        'Link with initial="first" or initial="mean" to make them equal, or load weights that are.'
+    )
+
+
+def listing(members: Iterable[Member]) -> str:
+    """Every member on a line of its own, for the end of a message."""
+    return "\nMembers:" + "".join(f"\n    {member}" for member in members)
+
+
+def _require_distinct(name: str, members: Sequence[Member]) -> None:
+    seen: set[int] = set()
+    for member in members:
+        if id(member.variable) in seen:
+            raise GroupMismatchError(
+                f"Cannot tie group '{name}': {member} was given more than once. Expected: separate variables; one "
+                f"variable in two layers is equal to itself without a tie.{listing(members)}"
+            )
+        seen.add(id(member.variable))
+
+
+def _dtype(member: Member) -> str:
+    return keras.backend.standardize_dtype(member.variable.dtype)
+
+
+def _written(rule: Rule) -> str:
+    return f"{type(rule).__name__}{rule.common_config()}"

@@ -1,0 +1,275 @@
+"""The registry: the groups of a model by name, and everything one does with them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from equalize import binding, discovery, matching, reporting
+from equalize.errors import EqualizeError, GroupMismatchError, TieBrokenError
+from equalize.groups import Group, Member
+from equalize.projections import Tensor
+from equalize.rules import Rule
+
+_INITIAL = ("first", "mean", "strict")
+
+
+class GroupRegistry(Mapping[str, Group]):
+    """Links the variables of a model into groups that are kept equal, or close, while the model trains.
+
+    A constraint or a regularizer is called for one variable and knows of no other. The registry is where the others
+    come from: `link` finds the rules that were given to layers, `tie` ties what is already built. After that the
+    model trains with plain Keras; the registry need not be kept, but with it one can look, check and untie.
+
+    It is a mapping from a group's name to the `equalize.Group`. It holds variables weakly: when a model is deleted,
+    its groups are gone.
+
+    Example:
+    >>> import keras, equalize
+    >>> first, second = keras.layers.Dense(4), keras.layers.Dense(4)
+    >>> model = keras.Sequential([keras.Input((4,)), first, second])
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("layers", [first.kernel, second.kernel], equalize.constraints.Equal())
+    >>> equalize_report = registry.check()  # raises if they are not equal
+    >>> list(registry), group.hard, group.spread()
+    (['layers'], True, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[str, Group] = {}
+
+    def link(self, *models: keras.Model, initial: str = "first") -> "GroupRegistry":
+        """Finds the rules in built models, checks the groups that they name, and makes hard groups equal.
+
+        Nothing is changed before everything is checked. Linking a model again changes nothing.
+
+        Args:
+            *models: Built models (or layers). Give several in one call where one group spans models that are
+                trained apart.
+            initial: What hard groups become: `"first"` (the value of the first member, in the order of the model's
+                weights), `"mean"`, or `"strict"` (raise unless they are equal). The mean of n independent random
+                initial values has 1/√n of their standard deviation, so it suits trained weights only. Members that
+                are not trainable prevail over all three. Soft groups are left as they are.
+
+        Returns:
+            The registry itself.
+
+        Raises:
+            NotLinkedError: No rule was found, or a model is not built.
+            GroupMismatchError: A group has one member; shapes, dtypes or rules disagree; a variable is in two hard
+                groups; a group of this name belongs to another model; two frozen members differ.
+            TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
+        """
+        _require_option("initial", initial, _INITIAL)
+        found = discovery.find_groups(models)
+        known = dict(self)
+        new: list[tuple[Group, list[Rule]]] = []
+        adopted: dict[str, Group] = {}
+        outgrown: list[Group] = []
+        for name, entries in found.items():
+            existing = discovery.existing_group(name, entries, known.get(name))
+            if existing is not None and all(rule.bound_group is existing for _, rule in entries):
+                adopted[name] = existing
+                continue
+            if existing is not None:
+                outgrown.append(existing)
+            members = [Member(variable, view=rule.view, weight=rule.weight) for variable, rule in entries]
+            rules = [rule for _, rule in entries]
+            matching.require_company(name, members, [*known, *found])
+            matching.require_fit(name, members, rules)
+            new.append((Group(name, members, rules[0].template(rules[0].inner)), rules))
+        for group, _ in new:
+            _require_start(group, initial)
+        for group in outgrown:
+            binding.detach(group)
+        for group, rules in new:
+            for member, rule in zip(group.members, rules, strict=True):
+                binding.attach(rule, group, member, rule.inner)
+            if group.hard:
+                group.sync(initial)
+            self._groups[group.name] = group
+        self._groups.update(adopted)
+        return self
+
+    def tie(self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first") -> Group | list[Group]:
+        """Ties variables, or layers weight by weight, that are already built.
+
+        What is on a variable already goes on: its constraint becomes the rule's `inner`, its regularizer is still
+        added.
+
+        Args:
+            name: Name of the group; with layers, the groups are named `name/place of the weight in the layer`.
+            members: Variables and constant arrays, or layers (models, nested blocks) of one structure.
+            rule: `equalize.constraints.Equal()` or a regularizer of `equalize.regularizers`, without a group name.
+            initial: As in `link`.
+
+        Returns:
+            The `equalize.Group`, or the list of them where layers were given.
+
+        Raises:
+            GroupMismatchError: The name is taken; there are fewer than two members; shapes, dtypes, structures or
+                constraints differ; a variable is in another hard group; two members that do not move differ.
+            NotLinkedError: A layer is not built.
+            TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
+            TypeError: A member is neither a variable, a layer nor an array, or the rule is no rule.
+        """
+        _require_option("initial", initial, _INITIAL)
+        discovery.require_rule(name, rule)
+        by_group, layers = discovery.members_of(name, members)
+        planned: list[tuple[Group, list[Any]]] = []
+        for group_name, group_members in by_group.items():
+            if group_name in self:
+                raise GroupMismatchError(
+                    f"There is a group '{group_name}' already: {self[group_name]!r}. Expected: a new name. "
+                    f"Call `untie({group_name!r})` first, or choose another name."
+                )
+            for member in group_members:
+                member.weight = rule.weight
+            matching.require_company(group_name, group_members, self)
+            matching.require_fit(group_name, group_members, [rule] * len(group_members))
+            if rule.slot == "constraint":
+                matching.require_no_other_hard_group(group_name, group_members)
+            inner = binding.inner_for(group_name, rule, group_members)
+            template = rule.template(inner[0] if rule.slot == "constraint" else rule.inner)
+            planned.append((Group(group_name, group_members, template), inner))
+        for group, _ in planned:
+            _require_start(group, initial)
+        for group, inner in planned:
+            for member, kept in zip(group.members, inner, strict=True):
+                if not member.constant:
+                    binding.attach(rule, group, member, kept)
+            if group.hard:
+                group.sync(initial)
+            self._groups[group.name] = group
+        groups = [group for group, _ in planned]
+        return groups if layers else groups[0]
+
+    def untie(self, *names: str) -> None:
+        """Dissolves groups, all where none is named; the variables keep their values, and their inner rules.
+
+        A tie of layers can be named as a whole: `untie("blocks")` dissolves every `blocks/...`.
+        Call `compile` before training on, so that the step is traced anew.
+        """
+        for group in self._selected(names):
+            binding.detach(group)
+            del self._groups[group.name]
+
+    def sync(self, method: str = "first", *names: str) -> None:
+        """Makes the named groups equal, soft ones too; without names, every hard group.
+
+        Args:
+            method: `"first"` (the value of the first member) or `"mean"`. Members that do not move prevail.
+            *names: Names of groups, or of ties of layers.
+        """
+        _require_option("method", method, ("first", "mean"))
+        groups = self._selected(names)
+        for group in groups:
+            group.require_anchors_agree()
+        for group in groups:
+            if names or group.hard:
+                group.sync(method)
+
+    def penalty(self, *names: str) -> Tensor:
+        """The sum of the penalties of the named soft groups, or of all, for a loss written by hand.
+
+        Use it instead of `model.losses`, not beside it: those hold the same penalties, in shares.
+
+        Returns:
+            A scalar tensor, differentiable in every trainable member.
+        """
+        groups = [group for group in self._selected(names) if not group.projects or names]
+        for group in groups:
+            if group.projects:
+                raise EqualizeError(
+                    f"Group '{group.name}' has no penalty: its rule is {group.rule.describe()}, a projection. "
+                    "Expected: names of groups tied by a regularizer."
+                )
+        return sum((group.penalty() for group in groups), start=keras.ops.zeros((), "float32"))
+
+    def project(self, *names: str) -> None:
+        """Projects the named groups, or all, once and now: for a loop whose optimizer knows no constraints.
+
+        Call it after each step of a `torch.optim` or `optax` optimizer. Keras's own optimizers do it by themselves.
+        """
+        groups = self._selected(names)
+        for group in groups:
+            if names and not group.projects:
+                raise EqualizeError(
+                    f"Group '{group.name}' cannot be projected: its rule is {group.rule.describe()}, a penalty. "
+                    "Expected: names of groups tied by `equalize.constraints.Equal`."
+                )
+        for group in groups:
+            if group.projects:
+                group.project()
+
+    def spread(self) -> dict[str, float]:
+        """The largest entry of max − min over the members of each group: 0.0 where they are equal."""
+        return {name: group.spread() for name, group in self.items()}
+
+    def check(self, atol: float = 0.0) -> None:
+        """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`."""
+        broken = {name: s for name, s in self.spread().items() if self[name].hard and not s <= atol}
+        if broken:
+            lines = "".join(
+                f"\n    '{name}': spread {spread:g}, members {', '.join(str(m) for m in self[name].members)}"
+                for name, spread in broken.items()
+            )
+            raise TieBrokenError(
+                f"{len(broken)} of {sum(group.hard for group in self.values())} hard groups are not equal; expected a "
+                f"spread of at most {atol:g}, received:{lines}\n"
+                "Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the "
+                "members equal again."
+            )
+
+    def summary(self, print_fn: Any = None) -> None:
+        """Prints a table of the groups: rule, members, weights stored and free, and how far apart the members are.
+
+        Args:
+            print_fn: Called with the table as text; by default it is printed, in color where the terminal has it.
+        """
+        reporting.print_summary(list(self.values()), print_fn)
+
+    def __getitem__(self, name: str) -> Group:
+        group = self._groups[name]
+        if len(group.members) == sum(member.constant for member in group.members):
+            raise KeyError(name)
+        return group
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in self._groups if name in self])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self[name]  # type: ignore[index]
+        except KeyError:
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return f"<GroupRegistry: {', '.join(map(repr, self.values())) or 'no groups'}>"
+
+    def _selected(self, names: Sequence[str]) -> list[Group]:
+        """The groups of these names, or those below them in a tie of layers; all without a name."""
+        selected = {} if names else dict(self)
+        for name in names:
+            below = {key: group for key, group in self.items() if key == name or key.startswith(f"{name}/")}
+            if not below:
+                raise EqualizeError(f"There is no group '{name}'. Expected one of: {list(self)}.")
+            selected |= below
+        return list(selected.values())
+
+
+def _require_option(name: str, value: Any, options: Sequence[str]) -> None:
+    if value not in options:
+        raise EqualizeError(f"`{name}` must be one of {list(options)}. Received: {value!r}.")
+
+
+def _require_start(group: Group, initial: str) -> None:
+    """What must hold of the values before a group is made."""
+    if group.projects:
+        group.require_anchors_agree()
+    if group.hard and initial == "strict":
+        matching.require_equal(group)

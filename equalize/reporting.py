@@ -1,0 +1,77 @@
+"""The table that `GroupRegistry.summary` prints."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import rich.console
+import rich.markup
+import rich.table
+
+from equalize.groups import Group
+
+
+def print_summary(groups: Sequence[Group], print_fn: Callable[[str], object] | None = None) -> None:
+    """Prints one row a group, and the totals.
+
+    Args:
+        groups: The groups of a registry.
+        print_fn: Called with the text, free of escape codes; None prints to the terminal, as `model.summary()` does.
+    """
+    if print_fn is None:
+        _render(rich.console.Console(highlight=False), groups)
+        return
+    console = rich.console.Console(highlight=False, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        _render(console, groups)
+    print_fn(capture.get())
+
+
+def weights_stored(groups: Sequence[Group]) -> int:
+    """Numbers held by the members, each variable counted once; constants belong to no model."""
+    variables = {id(m.variable): m.variable for group in groups for m in group.members if not m.constant}
+    return sum(math.prod(variable.shape) for variable in variables.values())
+
+
+def weights_free(groups: Sequence[Group]) -> int:
+    """Numbers that training can choose: the effective parameter count.
+
+    A hard group has those of one member, or none where an anchor holds it; what does not train has none.
+    """
+    tied = {id(m.variable) for group in groups if group.hard for m in group.members}
+    loose = {
+        id(m.variable): m.variable
+        for group in groups
+        for m in group.members
+        if not m.anchor and id(m.variable) not in tied
+    }
+    common = sum(
+        math.prod(group.members[0].variable.shape)
+        for group in groups
+        if group.hard and not any(member.anchor for member in group.members)
+    )
+    return common + sum(math.prod(variable.shape) for variable in loose.values())
+
+
+def _render(console: rich.console.Console, groups: Sequence[Group]) -> None:
+    table = rich.table.Table(show_lines=True)
+    for title, justify in (("Group", "left"), ("Rule", "left"), ("Members", "left")):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for title in ("Stored", "Free", "Spread"):
+        table.add_column(title, justify="right", overflow="fold")
+    for group in groups:
+        members = "\n".join(
+            f"{m.path} {tuple(m.variable.shape)}{' (anchor)' if m.anchor else ''}" for m in group.members
+        )
+        cells = (
+            group.name,
+            group.rule.describe(),
+            members,
+            f"{weights_stored([group]):,}",
+            f"{weights_free([group]):,}",
+            f"{group.spread():g}",
+        )
+        table.add_row(*map(rich.markup.escape, cells))
+    stored, free = weights_stored(groups), weights_free(groups)
+    share = f" ({free / stored:.1%})" if stored else ""
+    console.print(table)
+    console.print(f" Total: {len(groups)} groups, {stored:,} weights stored, {free:,} weights free{share}")

@@ -1,0 +1,118 @@
+"""What constraints and regularizers that tie have in common: a group's name, and the binding to a member."""
+
+import copy
+import math
+import numbers
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from equalize.errors import EqualizeError, NotLinkedError
+
+if TYPE_CHECKING:
+    from equalize.groups import Group, Member
+
+
+class Rule:
+    """How a group is tied. The rule that a user writes is a template; each member gets a copy bound to it.
+
+    A copy, a pickle or a config of a bound rule is unbound: what is cloned never shares a group with its original.
+    """
+
+    slot: ClassVar[str]
+    """The attribute of a `keras.Variable` that holds the rule."""
+
+    own_keys: ClassVar[frozenset[str]]
+    """The entries of the config that may differ between the members of one group."""
+
+    weight: float = 1.0
+    view: Any = None
+    group: str | None
+    inner: Any
+
+    _binding: "tuple[Group, Member] | None" = None
+
+    @property
+    def hard(self) -> bool:
+        """Whether the rule makes the members bitwise equal."""
+        return False
+
+    def bind(self, group: "Group", member: "Member", inner: Any) -> "Rule":
+        """A copy that serves one member, with what else is on the variable as its `inner`."""
+        bound = copy.copy(self)
+        bound.group = group.name
+        bound.inner = inner
+        bound._binding = (group, member)
+        return bound
+
+    def template(self, inner: Any) -> "Rule":
+        """An unbound copy that stands for the whole group."""
+        template = copy.copy(self)
+        template.inner = inner
+        return template
+
+    @property
+    def bound_group(self) -> "Group | None":
+        """The group of a bound rule."""
+        return None if self._binding is None else self._binding[0]
+
+    def _require_binding(self, where: str) -> "tuple[Group, Member]":
+        if self._binding is None:
+            raise NotLinkedError(
+                f"{type(self).__name__}(group={self.group!r}) {where} has never been linked, so it ties nothing. "
+                "Expected: a registry that knows the model before training starts. "
+                "Call `equalize.GroupRegistry().link(model)` once the model is built (and again after loading or "
+                "cloning it)."
+            )
+        return self._binding
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_binding"}
+
+    def common_config(self) -> dict[str, Any]:
+        """What the members of one group must agree on."""
+        config: dict[str, Any] = self.get_config()  # type: ignore[attr-defined]
+        return {key: value for key, value in config.items() if key not in self.own_keys}
+
+    def describe(self) -> str:
+        """The rule as one would write it, without what is at its default."""
+        settings = ", ".join(f"{key}={value!r}" for key, value in self._settings().items())
+        return f"{type(self).__name__}({settings})"
+
+    def _settings(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{self.describe()} of group {self.group!r}>"
+
+
+def checked_group(group: Any) -> str | None:
+    """The argument `group` of a rule: a name, or None where `tie` will give it."""
+    if group is not None and not isinstance(group, str):
+        raise TypeError(f"`group` must be a string, the name of a group. Received: {group!r} of type {type(group)}.")
+    if group is not None and not group.strip():
+        raise EqualizeError(f"`group` must not be empty. Expected the name of a group. Received: {group!r}.")
+    return group
+
+
+def checked_number(name: str, value: Any, *, low: float, high: float, low_open: bool) -> float:
+    """A real number argument of a rule within its range."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number. Received: {value!r} of type {type(value)}.")
+    number = float(value)
+    if not math.isfinite(number) or number > high or number < low or (low_open and number == low):
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
+        raise EqualizeError(f"`{name}` must be a finite number in {interval}. Received: {value!r}.")
+    return number
+
+
+def checked_view(view: Any) -> None:
+    """The argument `view` of a rule; views are not there yet."""
+    if view is not None:
+        raise EqualizeError(f"`view` must be None: members can only be tied as they are. Received: {view!r}.")
+
+
+def checked_inner(get: Any, inner: Any, kind: str) -> Any:
+    """The argument `inner` of a rule, from an object, a config or a name."""
+    try:
+        return get(inner)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EqualizeError(f"`inner` must be a Keras {kind}, its config or its name. Received: {inner!r}.") from error
