@@ -49,7 +49,11 @@ def read(variable: keras.Variable) -> Tensor:
     """The variable's value in its own dtype, as a native tensor that carries no gradient."""
     if _BACKEND == "torch":
         return variable.value.detach()
-    return ops.convert_to_tensor(variable.value)
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(variable.value)  # a `tf.Variable` would be read again by every operation
+    return variable.value
 
 
 def concrete(variable: keras.Variable) -> np.ndarray | None:

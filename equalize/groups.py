@@ -89,7 +89,7 @@ class Group:
         self.name = name
         self.rule = rule
         self._members = tuple(members)
-        self._projected: dict[Member, tuple[freshness.Unwritten, weakref.ref[Any]]] = {}
+        self._projected: dict[Member, freshness.Watch] = {}
         self._statistic: _Statistic | None = None
 
     @property
@@ -134,10 +134,9 @@ class Group:
             EqualizeError: The step cannot reach a member, which happens on JAX.
         """
         if caller is not None and caller in self._projected:
-            unwritten, written = self._projected.pop(caller)
-            if unwritten(caller.variable):
-                value = written()
-                return backend.read(caller.variable) if value is None else value
+            value = self._projected.pop(caller)(caller.variable)
+            if value is not None:
+                return value
         members = self.members
         self._require_reach(members)
         target = self._common_value(members)
@@ -146,13 +145,13 @@ class Group:
         for member in members:
             if member.anchor:
                 continue
-            value = projections.relax(backend.read(member.variable), target, self.rule.rate)
+            value = target if self.hard else projections.relax(backend.read(member.variable), target, self.rule.rate)
             if member is caller:
                 result = value
                 continue
             member.variable.assign(backend.own_copy(value))
             if caller is not None:
-                self._projected[member] = freshness.watch(member.variable), weakref.ref(value)
+                self._projected[member] = freshness.watch(member.variable, value)
         return backend.read(caller.variable) if caller and result is None else result
 
     def share(self, member: Member, x: Tensor) -> Tensor:
@@ -246,7 +245,8 @@ class _Statistic:
     """What the shares of one evaluation of a penalty have in common, computed once for all of them."""
 
     def __init__(self, rule: Any, members: Sequence[Member]):
-        values = [ops.stop_gradient(projections.widen(backend.read(member.variable))) for member in members]
+        stored = [backend.read(member.variable) for member in members]
+        values = [ops.stop_gradient(projections.widen(value)) for value in stored]
         self.value = ops.stop_gradient(rule.statistic(values))
         self._open = {member for member in members if not member.anchor}
         anchored = [
@@ -256,7 +256,7 @@ class _Statistic:
         ]
         self.anchored = sum(anchored[1:], start=anchored[0]) / max(len(self._open), 1) if anchored else None
         self._rule, self._factor = rule, rule.factor
-        self._unwritten = {member: freshness.watch(member.variable) for member in members}
+        self._watches = {m: freshness.watch(m.variable, value) for m, value in zip(members, stored, strict=True)}
 
     def serves(self, rule: Any, member: Member, members: Sequence[Member]) -> bool:
         """Whether the member's share may use this: the first time, and while nothing has changed."""
@@ -264,14 +264,14 @@ class _Statistic:
             member in self._open
             and rule is self._rule
             and rule.factor == self._factor
-            and len(members) == len(self._unwritten)
-            and all(self._unwritten[m](m.variable) for m in members)
+            and len(members) == len(self._watches)
+            and all(self._watches[m](m.variable) is not None for m in members)
         )
 
     def share(self, member: Member, x: Tensor) -> Tensor:
         """The member's share, with its part of what the anchors contribute."""
         self._open.discard(member)
-        share = self._rule.share(x, self.value, len(self._unwritten))
+        share = self._rule.share(x, self.value, len(self._watches))
         return share if self.anchored is None else share + self.anchored
 
     @property

@@ -42,10 +42,8 @@ def relax(value: Tensor, target: Tensor, rate: float) -> Tensor:
     """Moves `value` the fraction `rate` of the way to `target`: `(1 − rate)·value + rate·target`.
 
     With `rate = λ/(1+λ)` this is the proximal operator of `(λ/2)·‖value − target‖²`
-    (Parikh and Boyd, Proximal Algorithms (2014), section 6.1.1). A rate of 1 returns `target` itself.
+    (Parikh and Boyd, Proximal Algorithms (2014), section 6.1.1). A `value` that is the target already stays.
     """
-    if rate == 1.0:
-        return target
     dtype = keras.backend.standardize_dtype(value.dtype)
     return ops.cast(_mix(widen(value), widen(target), rate), dtype)
 

@@ -1,0 +1,95 @@
+"""What the tests share: small models, and a callback that looks at the members after every step."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+
+import equalize
+
+BACKEND = keras.backend.backend()
+
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=3000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    keras.utils.set_random_seed(7)
+    yield
+    keras.backend.clear_session()
+
+
+def bits(variable) -> bytes:
+    """The variable's value, bit for bit."""
+    return keras.ops.convert_to_numpy(variable.value).tobytes()
+
+
+def bitwise_equal(*variables) -> bool:
+    return len({bits(variable) for variable in variables}) == 1
+
+
+def towers(n=3, *, constraint=None, regularizer=None, dtype=None, frozen=(), units=4, inputs=5):
+    """A model of `n` Dense towers side by side, whose kernels carry the rules that are given."""
+    entrance = keras.Input((inputs,))
+    layers = [
+        keras.layers.Dense(
+            units,
+            activation="tanh",
+            kernel_constraint=constraint and constraint(),
+            kernel_regularizer=regularizer and regularizer(),
+            dtype=dtype,
+            name=f"tower_{i}",
+        )
+        for i in range(n)
+    ]
+    for i in frozen:
+        layers[i].trainable = False
+    joined = keras.layers.Concatenate()([layer(entrance) for layer in layers])
+    return keras.Model(entrance, keras.layers.Dense(1, dtype=dtype, name="head")(joined))
+
+
+def kernels(model, prefix="tower_"):
+    return [layer.kernel for layer in model.layers if layer.name.startswith(prefix)]
+
+
+def data(samples=32, inputs=5, outputs=1, seed=0):
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(samples, inputs)).astype("float32")
+    y = random.normal(size=(samples, outputs)).astype("float32")
+    return x, y
+
+
+class EveryStep(keras.callbacks.Callback):
+    """After every step, asserts that the members of every hard group are bitwise equal, and counts the steps."""
+
+    def __init__(self, registry):
+        super().__init__()
+        self.registry = registry
+        self.steps = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if BACKEND == "jax":
+            self.model.jax_state_sync()
+        self.steps += 1
+        for name, group in self.registry.items():
+            if group.hard:
+                assert bitwise_equal(*(member.variable for member in group.members)), f"{name} at step {self.steps}"
+
+
+def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimizer="adam", **compile_args):
+    """Compiles and trains a few steps, looking after every one."""
+    if x is None:
+        x, y = data()
+    compile_args.setdefault("loss", "mse")
+    model.compile(optimizer, **compile_args)
+    watch = EveryStep(registry if registry is not None else equalize.GroupRegistry())
+    model.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0, shuffle=False, callbacks=[watch])
+    assert watch.steps > 0
+    return watch

@@ -1,0 +1,25 @@
+"""Hypothesis strategies for tied tensors."""
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=1, max_side=4)
+
+
+def arrays(shape, dtype="float32", bound=None, specials=False):
+    """Arrays of a shape: ordinary numbers by default, every bit pattern with `specials`."""
+    limit = {"float16": 65504.0, "bfloat16": 3e38, "float32": 3e38}[dtype] if bound is None else bound
+    width = 16 if dtype == "float16" else 32
+    numbers = st.floats(-limit, limit, width=width, allow_subnormal=True)
+    if specials:
+        numbers = numbers | st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, -1e-45, limit, -limit])
+    return hnp.arrays(np.float32, shape, elements=numbers).map(lambda array: array.astype(DTYPES[dtype]))
+
+
+def groups(dtype="float32", max_members=9, bound=1e6):
+    """Lists of arrays of one shape."""
+    return shapes.flatmap(lambda shape: st.lists(arrays(shape, dtype, bound), min_size=2, max_size=max_members))
