@@ -1,0 +1,134 @@
+import keras
+import numpy as np
+import pytest
+
+import equalize
+from equalize.constraints import Equal
+from equalize.errors import GroupMismatchError, NotLinkedError
+from tests.conftest import bitwise_equal, fit
+
+
+def built(layer, *shapes):
+    layer(*(np.zeros(shape, "float32") for shape in shapes))
+    return layer
+
+
+SEQUENCE = (1, 3, 4)
+
+BLOCKS = {
+    "Dense": (lambda: built(keras.layers.Dense(3), (1, 4)), {"kernel", "bias"}),
+    "BatchNormalization": (lambda: built(keras.layers.BatchNormalization(), (1, 4)), {"gamma", "beta"}),
+    "LSTM": (lambda: built(keras.layers.LSTM(2), SEQUENCE), {"lstm_cell/kernel", "lstm_cell/recurrent_kernel"}),
+    "Bidirectional": (
+        lambda: built(keras.layers.Bidirectional(keras.layers.LSTM(2)), SEQUENCE),
+        {"forward_lstm/lstm_cell/kernel", "backward_lstm/lstm_cell/kernel"},
+    ),
+    "TimeDistributed": (lambda: built(keras.layers.TimeDistributed(keras.layers.Dense(2)), SEQUENCE), {"dense/kernel"}),
+    "MultiHeadAttention": (
+        lambda: built(keras.layers.MultiHeadAttention(2, 2), SEQUENCE, SEQUENCE),
+        {"query/kernel", "key/kernel", "value/kernel", "attention_output/kernel"},
+    ),
+    "Sequential": (
+        lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(3)]),
+        {"dense/kernel", "dense_1/kernel"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_layers_pair_their_weights_by_their_place(kind):
+    make, places = BLOCKS[kind]
+    layers = [make() for _ in range(3)]
+    registry = equalize.GroupRegistry()
+    groups = registry.tie("blocks", layers, Equal())
+    assert isinstance(groups, list)
+    assert {f"blocks/{place}" for place in places} <= set(registry)
+    assert len(groups) == len(layers[0].trainable_weights) == len(registry)
+    for group in groups:
+        assert len(group.members) == 3
+    for weights in zip(*(layer.trainable_weights for layer in layers), strict=True):
+        assert bitwise_equal(*weights)
+    registry.untie("blocks")
+    assert not registry
+
+
+def test_pairing_of_models_with_swapped_widths_is_refused():
+    models = [
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(a), keras.layers.Dense(b)]) for a, b in ((4, 2), (2, 4))
+    ]
+    with pytest.raises(GroupMismatchError, match=r"expected shape \(4, 4\).*received \(4, 2\)"):
+        equalize.GroupRegistry().tie("models", models, Equal())
+
+
+def test_structures_that_differ_are_shown_both():
+    with_bias = built(keras.layers.Dense(3, name="with_bias"), (1, 4))
+    without = built(keras.layers.Dense(3, use_bias=False, name="without"), (1, 4))
+    with pytest.raises(GroupMismatchError) as caught:
+        equalize.GroupRegistry().tie("g", [with_bias, without], Equal())
+    message = str(caught.value)
+    assert "structures differ" in message
+    assert "'with_bias' (Dense):\n    kernel (4, 3)\n    bias (3,)" in message
+    assert "'without' (Dense):\n    kernel (4, 3)\n" in message
+
+
+def test_a_later_weight_that_does_not_fit_leaves_all_untied():
+    one = built(keras.layers.Dense(3, bias_constraint=keras.constraints.NonNeg()), (1, 4))
+    two = built(keras.layers.Dense(3), (1, 4))
+    registry = equalize.GroupRegistry()
+    with pytest.raises(GroupMismatchError, match="constraint"):
+        registry.tie("g", [one, two], Equal())
+    assert not registry
+    assert one.kernel.constraint is None
+    assert not bitwise_equal(one.kernel, two.kernel)
+
+
+def test_unbuilt_layers_and_layers_without_weights():
+    with pytest.raises(NotLinkedError, match="has no weights, since it is not built"):
+        equalize.GroupRegistry().tie("g", [keras.layers.Dense(2), keras.layers.Dense(2)], Equal())
+    with pytest.raises(NotLinkedError, match="has no weights"):
+        equalize.GroupRegistry().tie("g", [built(keras.layers.Flatten(), (1, 2)) for _ in range(2)], Equal())
+
+
+def test_a_frozen_block_is_an_anchor():
+    entrance = keras.Input((4,))
+    teacher, student = keras.layers.Dense(4), keras.layers.Dense(4)
+    model = keras.Model(entrance, student(teacher(entrance)))
+    teacher.trainable = False
+    kept = keras.ops.convert_to_numpy(teacher.kernel.value).copy()
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [student, teacher], Equal())
+    x = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+    fit(model, registry, x=x, y=x)
+    assert np.array_equal(keras.ops.convert_to_numpy(teacher.kernel.value), kept)
+    assert bitwise_equal(teacher.kernel, student.kernel)
+
+
+def test_tied_transformer_blocks_stay_equal_in_training():
+    class Block(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.attention = keras.layers.MultiHeadAttention(2, 2)
+            self.norm = keras.layers.LayerNormalization()
+            self.feed = keras.layers.Dense(4, activation="gelu")
+
+        def build(self, shape):
+            self.attention.build(shape, shape)
+            self.norm.build(shape)
+            self.feed.build(shape)
+
+        def call(self, x):
+            return x + self.feed(self.norm(x + self.attention(x, x)))
+
+    entrance = keras.Input((3, 4))
+    blocks = [Block(name=name) for name in ("first", "second", "third")]
+    y = entrance
+    for block in blocks:
+        y = block(y)
+    model = keras.Model(entrance, y)
+    registry = equalize.GroupRegistry()
+    groups = registry.tie("blocks", blocks, Equal())
+    assert len(groups) == 12
+    x = np.random.default_rng(0).normal(size=(16, 3, 4)).astype("float32")
+    before = keras.ops.convert_to_numpy(blocks[0].feed.kernel.value).copy()
+    fit(model, registry, x=x, y=x[::-1].copy())
+    assert not np.array_equal(keras.ops.convert_to_numpy(blocks[0].feed.kernel.value), before)

@@ -1,0 +1,255 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from keras import ops
+
+import equalize
+from equalize.errors import EqualizeError, NotLinkedError
+from equalize.regularizers import MeanL2, PairwiseL2
+from tests import strategies
+from tests.conftest import BACKEND, bits, data, fit, kernels, towers
+
+
+def mean_l2(values, factor):
+    center = np.mean(values, axis=0)
+    return factor * sum(np.sum((value - center) ** 2) for value in values)
+
+
+def pairwise_l2(values, factor):
+    return factor * sum(np.sum((a - b) ** 2) for a, b in itertools.combinations(values, 2))
+
+
+PENALTIES = [(MeanL2, mean_l2), (PairwiseL2, pairwise_l2)]
+
+
+def tied(arrays, rule, frozen=()):
+    variables = [keras.Variable(array, name=f"w{i}") for i, array in enumerate(arrays)]
+    for i in frozen:
+        variables[i].trainable = False
+    registry = equalize.GroupRegistry()
+    registry.tie("g", variables, rule)
+    return registry, variables
+
+
+def gradients(function, variables):
+    """The gradients of a scalar function of variables, as arrays; None where there is none."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = function()
+        found = tape.gradient(value, [variable.value for variable in variables])
+    elif BACKEND == "torch":
+        import torch
+
+        moving = [variable for variable in variables if variable.trainable]
+        found = torch.autograd.grad(function(), [variable.value for variable in moving], allow_unused=True)
+        by_id = dict(zip(map(id, moving), found, strict=True))
+        found = [by_id.get(id(variable)) for variable in variables]
+    else:
+        import jax
+
+        def stateless(values):
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return function()
+
+        found = jax.grad(stateless)([variable.value for variable in variables])
+    return [None if gradient is None else ops.convert_to_numpy(gradient) for gradient in found]
+
+
+def shares(variables):
+    return [variable.regularizer(variable) for variable in variables if variable.trainable]
+
+
+@pytest.mark.parametrize(("rule", "expected"), [(MeanL2, 0.1 * 8.0), (PairwiseL2, 0.1 * 16.0)])
+def test_penalty_of_two_by_hand(rule, expected):
+    registry, _ = tied([np.float32([0.0, 1.0]), np.float32([4.0, 1.0])], rule(factor=0.1))
+    assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("rule", "reference"), PENALTIES)
+@given(members=strategies.groups(max_members=6, bound=10.0), factor=st.floats(0.0, 10.0), data=st.data())
+def test_value_and_gradients_match_the_reference(rule, reference, members, factor, data):
+    frozen = data.draw(st.sets(st.integers(0, len(members) - 1), max_size=len(members) - 1))
+    registry, variables = tied(members, rule(factor=factor), frozen)
+    wide = np.float64(members)
+    expected = reference(wide, factor)
+    slack = 1e-4 * (1.0 + factor * len(members) * np.sum(wide**2))
+    by_shares = sum(float(ops.convert_to_numpy(share)) for share in shares(variables))
+    assert by_shares == pytest.approx(expected, rel=1e-4, abs=slack)
+    assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(expected, rel=1e-4, abs=slack)
+    scale = factor * (1 if rule is MeanL2 else len(members))
+    by_hand = [2 * scale * (value - np.mean(wide, axis=0)) for value in wide]
+    for function in (lambda: sum(shares(variables)), registry.penalty):
+        for variable, found, expected_gradient in zip(
+            variables, gradients(function, variables), by_hand, strict=True
+        ):
+            if variable.trainable:
+                np.testing.assert_allclose(found, expected_gradient, rtol=1e-3, atol=1e-4 * (1 + scale * 10))
+
+
+@pytest.mark.parametrize("rule", [MeanL2, PairwiseL2])
+def test_no_gradient_flows_from_a_share_to_another_member(rule):
+    _, variables = tied([np.float32([1.0]), np.float32([2.0]), np.float32([5.0])], rule(factor=1.0))
+    found = gradients(lambda: variables[1].regularizer(variables[1]), variables)
+    assert all(gradient is None or not np.any(gradient) for gradient in (found[0], found[2]))
+    assert np.any(found[1])
+
+
+@pytest.mark.parametrize("rule", [MeanL2, PairwiseL2])
+@pytest.mark.parametrize("dtype", strategies.DTYPES)
+def test_finite_in_every_dtype_where_a_sum_of_squares_overflows_half_precision(rule, dtype):
+    values = [np.full((64,), sign * 200.0, "float32").astype(strategies.DTYPES[dtype]) for sign in (1, -1)]
+    registry, _ = tied(values, rule(factor=1.0))
+    expected = pairwise_l2(np.float64(values), 1.0) / (2 if rule is MeanL2 else 1)
+    assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rule", [MeanL2, PairwiseL2])
+def test_zero_with_zero_gradient_at_equality(rule):
+    value = np.random.default_rng(0).normal(size=(3, 2)).astype("float32")
+    registry, variables = tied([value] * 3, rule(factor=2.0))
+    assert float(ops.convert_to_numpy(registry.penalty())) == 0.0
+    assert all(not np.any(gradient) for gradient in gradients(registry.penalty, variables))
+
+
+def test_losses_of_a_model_add_up_to_the_penalty_whichever_members_train():
+    for frozen in [(), (0,), (1, 2)]:
+        model = towers(4, regularizer=lambda: MeanL2("g", 0.3), frozen=frozen)
+        registry = equalize.GroupRegistry().link(model)
+        expected = mean_l2([ops.convert_to_numpy(k) for k in kernels(model)], 0.3)
+        assert float(sum(ops.convert_to_numpy(loss) for loss in model.losses)) == pytest.approx(expected, rel=1e-5)
+        assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(expected, rel=1e-5)
+
+
+def test_losses_read_twice_in_one_step_are_the_same():
+    model = towers(3, regularizer=lambda: MeanL2("g", 0.3))
+    equalize.GroupRegistry().link(model)
+    once, twice = ([float(ops.convert_to_numpy(loss)) for loss in model.losses] for _ in range(2))
+    assert once == twice
+
+
+def test_a_share_after_a_change_is_that_of_the_new_values():
+    _, variables = tied([np.float32([0.0]), np.float32([2.0])], MeanL2(factor=1.0))
+    assert float(ops.convert_to_numpy(variables[0].regularizer(variables[0]))) == 1.0
+    variables[0].assign([4.0])
+    assert float(ops.convert_to_numpy(variables[1].regularizer(variables[1]))) == 1.0
+    assert float(ops.convert_to_numpy(variables[0].regularizer(variables[0]))) == 1.0
+    variables[1].assign([10.0])
+    assert float(ops.convert_to_numpy(variables[1].regularizer(variables[1]))) == 9.0
+
+
+def test_one_rule_object_for_all_members_is_as_good_as_many():
+    rule = MeanL2("g", 0.5)
+    model = towers(3, regularizer=lambda: rule)
+    equalize.GroupRegistry().link(model)
+    expected = mean_l2([ops.convert_to_numpy(k) for k in kernels(model)], 0.5)
+    assert float(sum(ops.convert_to_numpy(loss) for loss in model.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_equals_training_with_the_penalty_written_out():
+    def train(soft):
+        keras.utils.set_random_seed(3)
+        model = towers(3, regularizer=(lambda: MeanL2("g", 0.2)) if soft else None)
+        if soft:
+            equalize.GroupRegistry().link(model)
+        else:
+            group = kernels(model)
+
+            class Written(keras.regularizers.Regularizer):
+                def __call__(self, x):
+                    values = [ops.convert_to_tensor(k.value) for k in group]
+                    center = sum(values) / 3.0
+                    return 0.2 * sum(ops.sum(ops.square(value - center)) for value in values)
+
+            group[0].regularizer = Written()
+        fit(model, optimizer=keras.optimizers.SGD(0.1))
+        return [ops.convert_to_numpy(k.value) for k in kernels(model)]
+
+    for tied_kernel, written in zip(train(True), train(False), strict=True):
+        np.testing.assert_allclose(tied_kernel, written, rtol=1e-5, atol=1e-6)
+
+
+def test_inner_regularizer_goes_on_being_added():
+    model = towers(2, regularizer=lambda: MeanL2("g", 0.0, inner=keras.regularizers.L2(0.5)))
+    equalize.GroupRegistry().link(model)
+    expected = sum(0.5 * np.sum(ops.convert_to_numpy(k) ** 2) for k in kernels(model))
+    assert float(sum(ops.convert_to_numpy(loss) for loss in model.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_variable_may_be_in_two_soft_groups():
+    model = towers(3)
+    first, second, third = kernels(model)
+    registry = equalize.GroupRegistry()
+    registry.tie("left", [first, second], MeanL2(factor=0.3))
+    registry.tie("right", [second, third], MeanL2(factor=0.7))
+    values = [ops.convert_to_numpy(k) for k in (first, second, third)]
+    expected = mean_l2(values[:2], 0.3) + mean_l2(values[1:], 0.7)
+    assert float(sum(ops.convert_to_numpy(loss) for loss in model.losses)) == pytest.approx(expected, rel=1e-5)
+    registry.untie("left")
+    expected = mean_l2(values[1:], 0.7)
+    assert float(sum(ops.convert_to_numpy(loss) for loss in model.losses)) == pytest.approx(expected, rel=1e-5)
+    registry.untie("right")
+    assert second.regularizer is None
+
+
+def test_hard_and_soft_on_one_variable():
+    model = towers(4)
+    ks = kernels(model)
+    registry = equalize.GroupRegistry()
+    registry.tie("first", ks[:2], equalize.constraints.Equal())
+    registry.tie("second", ks[2:], equalize.constraints.Equal())
+    registry.tie("all", ks, MeanL2(factor=5.0))
+    before = registry["all"].spread()
+    fit(model, registry, optimizer=keras.optimizers.SGD(0.05), epochs=5)
+    assert registry["all"].spread() < before
+
+
+def test_unlinked_rule_is_an_error_in_training_and_not_in_predicting():
+    x, y = data()
+    model = towers(2, regularizer=lambda: MeanL2("g"))
+    model.predict(x, verbose=0)
+    model.compile("sgd", "mse")
+    with pytest.raises(NotLinkedError, match=r"GroupRegistry\(\).link\(model\)"):
+        model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("rule", [MeanL2, PairwiseL2])
+def test_config_round_trip(rule):
+    original = rule("g", 0.25, inner=keras.regularizers.L1(0.1))
+    config = keras.saving.serialize_keras_object(original)
+    copy = keras.saving.deserialize_keras_object(config)
+    assert type(copy) is rule
+    assert copy.get_config() == original.get_config()
+    assert isinstance(copy.inner, keras.regularizers.L1)
+    assert keras.regularizers.get(config).get_config() == original.get_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"group": 3}, TypeError, "`group` must be a string"),
+        ({"group": " "}, EqualizeError, "`group` must not be empty"),
+        ({"factor": -1.0}, EqualizeError, r"`factor` must be a finite number in \[0, inf\)"),
+        ({"factor": float("nan")}, EqualizeError, "`factor` must be a finite number"),
+        ({"factor": "0.1"}, TypeError, "`factor` must be a number"),
+        ({"inner": "no such thing"}, EqualizeError, "`inner` must be a Keras regularizer"),
+        ({"view": 1}, EqualizeError, "`view`"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MeanL2(**arguments)
+
+
+def test_training_one_model_leaves_another_with_the_same_group_name_alone():
+    models = [towers(2, regularizer=lambda: MeanL2("g", 1.0)) for _ in range(2)]
+    for model in models:
+        equalize.GroupRegistry().link(model)
+    before = [bits(k) for k in kernels(models[1])]
+    fit(models[0])
+    assert [bits(k) for k in kernels(models[1])] == before
