@@ -146,6 +146,7 @@ def test_link_errors():
     refuses(EqualizeError, "`initial` must be one of", model, lambda: equalize.GroupRegistry().link(model, initial="x"))
 
 
+@pytest.mark.filterwarnings("ignore:.*not have a .build:UserWarning")
 def test_a_layer_that_was_never_built_inside_a_built_model_is_named():
     class Half(keras.Model):
         def __init__(self):

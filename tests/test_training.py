@@ -16,19 +16,13 @@ elif BACKEND == "jax":
 else:
     import torch
 
-# The quickest way to run a step: JAX compiled, TensorFlow as a plain graph, PyTorch as it always is.
-QUICK = {"jit_compile": BACKEND == "jax"}
-
-no_torch_compile = pytest.mark.skipif(
-    BACKEND == "torch", reason="`jit_compile=True` means torch.compile there, which needs a C++ compiler"
-)
-
-MODES = [
-    pytest.param(QUICK, id="quick"),
-    pytest.param({"jit_compile": True}, id="jit", marks=no_torch_compile),
-    pytest.param({"run_eagerly": True}, id="eager"),
-    pytest.param(QUICK | {"steps_per_execution": 3}, id="steps_per_execution"),
-]
+# The ways to run a step, the quickest first. PyTorch is always eager; torch.compile has a test of its own.
+MODES = {
+    "tensorflow": {"graph": {"jit_compile": False}, "jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
+    "jax": {"jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
+    "torch": {"eager": {"jit_compile": False}},
+}[BACKEND]
+QUICK = next(iter(MODES.values()))
 
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(0.01),
