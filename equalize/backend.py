@@ -45,15 +45,19 @@ def purged(variable: keras.Variable) -> bool:
     return variable._value is None
 
 
-def read(variable: keras.Variable) -> Tensor:
-    """The variable's value in its own dtype, as a native tensor that carries no gradient."""
-    if _BACKEND == "torch":
-        return variable.value.detach()
+def tensor(x: keras.Variable | Tensor) -> Tensor:
+    """A variable's value, or a tensor as it is, as a native tensor that gradients flow through."""
     if _BACKEND == "tensorflow":
         import tensorflow as tf
 
-        return tf.convert_to_tensor(variable.value)  # a `tf.Variable` would be read again by every operation
-    return variable.value
+        return tf.convert_to_tensor(x)  # `ops.convert_to_tensor` gives a `tf.Variable`, read by every operation again
+    return x.value if isinstance(x, keras.Variable) else x
+
+
+def read(variable: keras.Variable) -> Tensor:
+    """The variable's value in its own dtype, as a native tensor that carries no gradient."""
+    value = tensor(variable)
+    return value.detach() if _BACKEND == "torch" else value
 
 
 def concrete(variable: keras.Variable) -> np.ndarray | None:

@@ -6,7 +6,8 @@ from typing import Any
 import keras
 
 from equalize.errors import GroupMismatchError
-from equalize.groups import Group, Member
+from equalize.groups import Group
+from equalize.members import Member
 from equalize.rules import Rule
 from equalize.sighting import Sighting
 

@@ -7,6 +7,7 @@ import keras
 from equalize import rules
 from equalize.errors import EqualizeError
 from equalize.projections import Tensor
+from equalize.views import View
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -27,7 +28,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
             after every step. Below 1 they become `(1 − rate)·w_i + rate·mean`, the proximal operator of
             `(λ/2)·Σ‖w_i − mean‖²` with `rate = λ/(1+λ)`: the spread shrinks by `1 − rate`, the mean stays.
         weight: The member's positive weight in the mean.
-        view: How the member shows the common value; None for "as it is".
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras constraint for the common value, as an object, a config or a name. For a convex one the
             result is the exact projection onto "all equal and each satisfies `inner`".
 
@@ -59,7 +60,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         *,
         rate: float = 1.0,
         weight: float = 1.0,
-        view: Any = None,
+        view: View | None = None,
         inner: Any = None,
     ):
         self.group = rules.checked_group(group)
@@ -91,6 +92,6 @@ class Equal(rules.Rule, keras.constraints.Constraint):
             "group": self.group,
             "rate": self.rate,
             "weight": self.weight,
-            "view": self.view,
+            "view": rules.view_config(self.view),
             "inner": keras.constraints.serialize(self.inner) if self.inner is not None else None,
         }

@@ -10,8 +10,10 @@ from keras import ops
 from equalize import matching, pairing
 from equalize.binding import rules_on
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
-from equalize.groups import Group, Member
+from equalize.groups import Group
+from equalize.members import Member
 from equalize.rules import Rule
+from equalize.views import View
 
 Entries: TypeAlias = "list[tuple[keras.Variable, Rule]]"
 
@@ -119,14 +121,23 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
         )
     if not members:
         raise GroupMismatchError(f"Group '{name}' has no members. Expected: at least two.")
-    variables = [member for member in members if isinstance(member, keras.Variable)]
+    named: list[Any] = [member[0] if isinstance(member, tuple) and member else member for member in members]
+    variables = [member for member in named if isinstance(member, keras.Variable)]
     dtype = keras.backend.standardize_dtype(variables[0].dtype) if variables else None
     return {name: [_member(name, member, dtype) for member in members]}, False
 
 
 def _member(name: str, member: Any, dtype: str | None) -> Member:
+    view = None
+    if isinstance(member, tuple):
+        if len(member) != 2 or not isinstance(member[1], View):
+            raise TypeError(
+                f"Cannot tie a member into group '{name}': expected a variable or a pair of a variable and a view, "
+                f"for instance `(layer.kernel, equalize.views.Transpose())`; received {member!r}."
+            )
+        member, view = member
     if isinstance(member, keras.Variable):
-        return Member(member)
+        return Member(member, view=view)
     native = hasattr(member, "assign") or (hasattr(member, "requires_grad_") and type(member).__name__ == "Parameter")
     if native or not (isinstance(member, np.ndarray) or ops.is_tensor(member)):
         raise TypeError(
@@ -134,7 +145,7 @@ def _member(name: str, member: Any, dtype: str | None) -> Member:
             f"built layer, or an array; received {member!r} of type {type(member)}."
         )
     constant = keras.Variable(ops.convert_to_numpy(member), dtype=dtype, trainable=False, name="constant")
-    return Member(constant, constant=True)
+    return Member(constant, view=view, constant=True)
 
 
 def _weights(model: Any) -> list[keras.Variable]:

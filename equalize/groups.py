@@ -1,78 +1,18 @@
-"""Groups and their members: who is tied, what the common value is, and how far apart the members are."""
+"""Groups: who is tied, what the common value is, and how far apart the members are."""
 
-import weakref
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from equalize import backend, freshness, projections
 from equalize.errors import EqualizeError, GroupMismatchError
+from equalize.members import Member
 from equalize.projections import Tensor
 
 _mean = backend.fused(projections.mean)
-
-
-class Member:
-    """One variable of a group.
-
-    The variable is held weakly, since a tie keeps no model alive. A constant belongs to the group and is held.
-
-    Attributes:
-        path: Where the variable lives, as `variable.path` gives it.
-        view: How the member shows the group's common value; None for "as it is".
-        weight: The member's weight in the mean.
-    """
-
-    def __init__(self, variable: keras.Variable, *, view: Any = None, weight: float = 1.0, constant: bool = False):
-        self._variable = weakref.ref(variable)
-        self._constant = variable if constant else None
-        self._sighted: weakref.ref[Any] | None = None
-        self.path: str = "constant" if constant else variable.path
-        self.view = view
-        self.weight = weight
-
-    @property
-    def variable(self) -> keras.Variable:
-        """The `keras.Variable`; for a constant, one that is not trainable and that nobody else has."""
-        variable = self._variable()
-        if variable is None:
-            raise EqualizeError(f"The variable '{self.path}' no longer exists: its model has been deleted.")
-        return variable
-
-    @property
-    def alive(self) -> bool:
-        """Whether the variable still exists."""
-        return self._variable() is not None
-
-    @property
-    def constant(self) -> bool:
-        """Whether the member is an array that was given, not a variable of a model."""
-        return self._constant is not None
-
-    @property
-    def anchor(self) -> bool:
-        """Whether the member never moves: it is a constant, or not trainable."""
-        return not self.variable.trainable
-
-    def sight(self) -> None:
-        """Remembers the value that the current step sees, for a scope that does not carry it."""
-        if backend.visible(self.variable):
-            self._sighted = weakref.ref(backend.read(self.variable))
-
-    @property
-    def sighted(self) -> Tensor | None:
-        """The value that `sight` saw, if the step that it belongs to is still being traced."""
-        return None if self._sighted is None else self._sighted()
-
-    def __str__(self) -> str:
-        variable = self.variable
-        return f"'{self.path}' {tuple(variable.shape)} {keras.backend.standardize_dtype(variable.dtype)}"
-
-    def __repr__(self) -> str:
-        return f"<Member {self if self.alive else repr(self.path) + ' (deleted)'}>"
 
 
 class Group:
@@ -113,14 +53,25 @@ class Group:
         return self._common_value(self.members)
 
     def spread(self) -> float:
-        """The largest entry of max − min over the members: 0.0 where they are equal, infinite at a lone NaN."""
-        values = [ops.convert_to_numpy(member.variable.value).astype("float64") for member in self.members]
+        """The largest entry of max − min over the members as their views pull them back.
+
+        Returns:
+            0.0 where the members are equal: where each shows, bit for bit, what one common value would give it.
+            Infinite where one member alone is not a number.
+        """
+        members = self.members
+        values = [ops.convert_to_numpy(member.variable.value) for member in members]
         if not values or values[0].size == 0:
             return 0.0
-        first = values[0]
-        alike = np.all([(value == first) | (np.isnan(value) & np.isnan(first)) for value in values], axis=0)
+        pulled = [_pulled_array(m, value).astype("float64") for m, value in zip(members, values, strict=True)]
+        first = pulled[0]
+        alike = np.all([(value == first) | (np.isnan(value) & np.isnan(first)) for value in pulled], axis=0)
+        if not all(member.exact for member in members):
+            base = pulled[_gentlest(members)].astype(values[0].dtype)
+            for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
+                alike = alike | ops.convert_to_numpy(_show(members, ops.convert_to_tensor(guess)))
         with np.errstate(invalid="ignore", over="ignore"):
-            apart = np.max(values, axis=0) - np.min(values, axis=0)
+            apart = np.max(pulled, axis=0) - np.min(pulled, axis=0)
         return float(np.max(np.where(alike, 0.0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))))
 
     def project(self, caller: Member | None = None) -> Tensor | None:
@@ -145,7 +96,9 @@ class Group:
         for member in members:
             if member.anchor:
                 continue
-            value = target if self.hard else projections.relax(backend.read(member.variable), target, self.rule.rate)
+            value = member.show(target)
+            if not self.hard:
+                value = projections.relax(backend.read(member.variable), value, self.rule.rate)
             if member is caller:
                 result = value
                 continue
@@ -164,7 +117,7 @@ class Group:
         if statistic is None or not statistic.serves(self.rule, member, members):
             self._require_reach(members)
             statistic = self._statistic = _Statistic(self.rule, members)
-        share = statistic.share(member, projections.widen(x))
+        share = statistic.share(member, projections.widen(member.pull(x)))
         if statistic.spent:
             self._statistic = None
         return share
@@ -175,7 +128,7 @@ class Group:
         moving = [member for member in members if not member.anchor]
         if not moving:
             return _Statistic(self.rule, members).anchored
-        shares = [self.share(member, ops.convert_to_tensor(member.variable.value)) for member in moving]
+        shares = [self.share(member, backend.tensor(member.variable)) for member in moving]
         return sum(shares[1:], start=shares[0])
 
     def sync(self, method: str) -> None:
@@ -184,15 +137,17 @@ class Group:
         if method == "mean" or any(member.anchor for member in members):
             value = self._common_value(members)
         else:
-            value = backend.read(members[0].variable)
+            value = members[0].pull(backend.read(members[0].variable))
         for member in members:
             if not member.anchor:
-                member.variable.assign(backend.own_copy(value))
+                member.variable.assign(backend.own_copy(member.show(value)))
 
     def require_anchors_agree(self) -> None:
         """Raises `GroupMismatchError` where two anchors differ, as far as their values can be had."""
-        anchors = [(m, backend.concrete(m.variable)) for m in self.members if m.anchor]
-        known = [(member, value) for member, value in anchors if value is not None]
+        anchors = [(member, backend.concrete(member.variable)) for member in self.members if member.anchor]
+        if len(anchors) < 2:
+            return
+        known = [(member, _pulled_array(member, value)) for member, value in anchors if value is not None]
         for member, value in known[1:]:
             if not np.array_equal(value, known[0][1], equal_nan=True):
                 raise GroupMismatchError(
@@ -206,8 +161,13 @@ class Group:
         anchors = [member for member in members if member.anchor]
         if anchors:
             self.require_anchors_agree()
-            return self._anchored_value(anchors[0])
-        mean = _mean([backend.read(m.variable) for m in members], tuple(m.weight for m in members))
+            return anchors[0].pull(self._anchored_value(anchors[0]))
+        stored = [backend.read(member.variable) for member in members]
+        pulled = [member.pull(value) for member, value in zip(members, stored, strict=True)]
+        mean = _mean(pulled, tuple(member.weight * member.gain**2 for member in members))
+        if not all(member.exact for member in members):
+            base = pulled[_gentlest(members)]
+            mean = ops.where(_show(members, base), base, mean)
         inner = self.rule.inner if self.projects else None
         return mean if inner is None else ops.cast(inner(mean), mean.dtype)
 
@@ -241,12 +201,32 @@ class Group:
         return f"<Group {self.name!r}: {self.rule.describe()}, {len(self.members)} members>"
 
 
+def _gentlest(members: Sequence[Member]) -> int:
+    """The index of the member whose view stretches least, by the size of its exponent."""
+    return min(range(len(members)), key=lambda i: abs(math.log2(members[i].gain)))
+
+
+def _show(members: Sequence[Member], common: Tensor) -> Tensor:
+    """Where every member shows just what the common value gives it; the gain of a view may have rounded it."""
+    same = []
+    for member in members:
+        value = backend.read(member.variable)
+        shown = ops.cast(member.show(common) == value, value.dtype)
+        same.append(member.pull(shown) != 0.0)
+    return ops.all(ops.stack(same), axis=0)
+
+
+def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
+    return ops.convert_to_numpy(member.pull(ops.convert_to_tensor(value)))
+
+
 class _Statistic:
     """What the shares of one evaluation of a penalty have in common, computed once for all of them."""
 
     def __init__(self, rule: Any, members: Sequence[Member]):
         stored = [backend.read(member.variable) for member in members]
-        values = [ops.stop_gradient(projections.widen(value)) for value in stored]
+        pulled = [member.pull(value) for member, value in zip(members, stored, strict=True)]
+        values = [ops.stop_gradient(projections.widen(value)) for value in pulled]
         self.value = ops.stop_gradient(rule.statistic(values))
         self._open = {member for member in members if not member.anchor}
         anchored = [

@@ -7,23 +7,29 @@ import keras
 
 from equalize.binding import rules_on
 from equalize.errors import GroupMismatchError, TieBrokenError
-from equalize.groups import Group, Member
+from equalize.groups import Group
+from equalize.members import Member
 from equalize.rules import Rule
 
 
 def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rule]) -> None:
     """Raises `GroupMismatchError` unless the members can be one group: enough, distinct, of one shape, dtype, rule."""
     _require_distinct(name, members)
+    for member in members:
+        _require_view_fits(name, member)
     first = members[0]
     for member, rule in zip(members[1:], member_rules[1:], strict=True):
         for what, expected, received in (
-            ("shape", tuple(first.variable.shape), tuple(member.variable.shape)),
+            ("shape", first.common_shape, member.common_shape),
             ("dtype", _dtype(first), _dtype(member)),
         ):
             if expected != received:
+                fix = f"Tie variables of one {what}."
+                if what == "shape" and expected == received[::-1]:
+                    fix = "Give it a view, for instance equalize.views.Transpose()."
                 raise GroupMismatchError(
                     f"Cannot tie '{member.path}' into group '{name}': expected {what} {expected}, set by "
-                    f"'{first.path}'; received {received}. Tie variables of one {what}.{listing(members)}"
+                    f"'{first.path}'; received {received}. {fix}{listing(members)}"
                 )
         if type(rule) is not type(member_rules[0]) or rule.common_config() != member_rules[0].common_config():
             raise GroupMismatchError(
@@ -96,6 +102,13 @@ def _require_distinct(name: str, members: Sequence[Member]) -> None:
                 f"variable in two layers is equal to itself without a tie.{listing(members)}"
             )
         seen.add(id(member.variable))
+
+
+def _require_view_fits(name: str, member: Member) -> None:
+    try:
+        _ = member.common_shape
+    except GroupMismatchError as error:
+        raise GroupMismatchError(f"Cannot tie '{member.path}' into group '{name}': {error}") from error
 
 
 def _dtype(member: Member) -> str:

@@ -7,7 +7,8 @@ import keras
 
 from equalize import binding, discovery, matching, reporting
 from equalize.errors import EqualizeError, GroupMismatchError, TieBrokenError
-from equalize.groups import Group, Member
+from equalize.groups import Group
+from equalize.members import Member
 from equalize.projections import Tensor
 from equalize.rules import Rule
 
@@ -99,7 +100,8 @@ class GroupRegistry(Mapping[str, Group]):
 
         Args:
             name: Name of the group; with layers, the groups are named `name/place of the weight in the layer`.
-            members: Variables and constant arrays, or layers (models, nested blocks) of one structure.
+            members: Variables and constant arrays, each alone or as a pair with its view
+                (`(decoder.kernel, equalize.views.Transpose())`), or layers (models, nested blocks) of one structure.
             rule: `equalize.constraints.Equal()` or a regularizer of `equalize.regularizers`, without a group name.
             initial: As in `link`.
 
@@ -125,6 +127,7 @@ class GroupRegistry(Mapping[str, Group]):
                 )
             for member in group_members:
                 member.weight = rule.weight
+                member.view = member.view or rule.view
             matching.require_company(group_name, group_members, self)
             matching.require_fit(group_name, group_members, [rule] * len(group_members))
             if rule.slot == "constraint":

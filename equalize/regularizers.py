@@ -7,6 +7,7 @@ from keras import ops
 
 from equalize import backend, penalties, projections, rules
 from equalize.projections import Tensor
+from equalize.views import View
 
 _mean = backend.fused(projections.mean)
 
@@ -20,7 +21,7 @@ class SoftTie(rules.Rule, keras.regularizers.Regularizer):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: How the member shows the common value; None for "as it is".
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
 
     Raises:
@@ -32,7 +33,7 @@ class SoftTie(rules.Rule, keras.regularizers.Regularizer):
     slot = "regularizer"
     own_keys: ClassVar[frozenset[str]] = frozenset({"group", "view", "inner"})
 
-    def __init__(self, group: str | None = None, factor: float = 0.01, *, view: Any = None, inner: Any = None):
+    def __init__(self, group: str | None = None, factor: float = 0.01, *, view: View | None = None, inner: Any = None):
         self.group = rules.checked_group(group)
         self.factor = rules.checked_number("factor", factor, low=0.0, high=float("inf"), low_open=False)
         self.view = rules.checked_view(view)
@@ -40,7 +41,7 @@ class SoftTie(rules.Rule, keras.regularizers.Regularizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         group, member = self._require_binding(f"on '{getattr(x, 'path', 'a tensor')}'")
-        share = group.share(member, ops.convert_to_tensor(x))
+        share = group.share(member, backend.tensor(x))
         return share if self.inner is None else share + ops.cast(self.inner(x), share.dtype)
 
     def statistic(self, values: list[Tensor]) -> Tensor:
@@ -58,7 +59,7 @@ class SoftTie(rules.Rule, keras.regularizers.Regularizer):
         return {
             "group": self.group,
             "factor": self.factor,
-            "view": self.view,
+            "view": rules.view_config(self.view),
             "inner": keras.regularizers.serialize(self.inner) if self.inner is not None else None,
         }
 
@@ -77,7 +78,7 @@ class MeanL2(SoftTie):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: How the member shows the common value; None for "as it is".
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
 
     Raises:
@@ -121,7 +122,7 @@ class PairwiseL2(MeanL2):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ, for each pair.
-        view: How the member shows the common value; None for "as it is".
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
 
     Raises:

@@ -35,7 +35,8 @@ def weights_stored(groups: Sequence[Group]) -> int:
 def weights_free(groups: Sequence[Group]) -> int:
     """Numbers that training can choose: the effective parameter count.
 
-    A hard group has those of one member, or none where an anchor holds it; what does not train has none.
+    A hard group has those of its common value, or none where an anchor holds it, and what views leave free. What
+    does not train has none.
     """
     tied = {id(m.variable) for group in groups if group.hard for m in group.members}
     loose = {
@@ -45,9 +46,15 @@ def weights_free(groups: Sequence[Group]) -> int:
         if not m.anchor and id(m.variable) not in tied
     }
     common = sum(
-        math.prod(group.members[0].variable.shape)
+        math.prod(group.members[0].common_shape)
         for group in groups
         if group.hard and not any(member.anchor for member in group.members)
+    )
+    common += sum(
+        math.prod(m.variable.shape) - math.prod(m.common_shape)
+        for group in groups
+        for m in group.members
+        if group.hard and not m.anchor
     )
     return common + sum(math.prod(variable.shape) for variable in loose.values())
 
@@ -60,7 +67,8 @@ def _render(console: rich.console.Console, groups: Sequence[Group]) -> None:
         table.add_column(title, justify="right", overflow="fold")
     for group in groups:
         members = "\n".join(
-            f"{m.path} {tuple(m.variable.shape)}{' (anchor)' if m.anchor else ''}" for m in group.members
+            f"{m.path} {tuple(m.variable.shape)}{f' as {m.view!r}' if m.view else ''}{' (anchor)' if m.anchor else ''}"
+            for m in group.members
         )
         cells = (
             group.name,

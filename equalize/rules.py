@@ -5,10 +5,14 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import keras
+
 from equalize.errors import EqualizeError, NotLinkedError
+from equalize.views import View
 
 if TYPE_CHECKING:
-    from equalize.groups import Group, Member
+    from equalize.groups import Group
+from equalize.members import Member
 
 
 class Rule:
@@ -24,7 +28,7 @@ class Rule:
     """The entries of the config that may differ between the members of one group."""
 
     weight: float = 1.0
-    view: Any = None
+    view: View | None = None
     group: str | None
     inner: Any
 
@@ -104,10 +108,21 @@ def checked_number(name: str, value: Any, *, low: float, high: float, low_open: 
     return number
 
 
-def checked_view(view: Any) -> None:
-    """The argument `view` of a rule; views are not there yet."""
-    if view is not None:
-        raise EqualizeError(f"`view` must be None: members can only be tied as they are. Received: {view!r}.")
+def checked_view(view: Any) -> View | None:
+    """The argument `view` of a rule, from an object or a config."""
+    if isinstance(view, dict):
+        view = keras.saving.deserialize_keras_object(view)
+    if view is not None and not isinstance(view, View):
+        raise TypeError(
+            f"`view` must be a view of `equalize.views`, for instance `Transpose()`. Received: {view!r} of type "
+            f"{type(view)}."
+        )
+    return view
+
+
+def view_config(view: View | None) -> dict[str, Any] | None:
+    """The entry `view` of a rule's config."""
+    return None if view is None else keras.saving.serialize_keras_object(view)
 
 
 def checked_inner(get: Any, inner: Any, kind: str) -> Any:

@@ -164,7 +164,7 @@ def test_a_copy_of_a_bound_rule_is_unbound(duplicate):
         ({"weight": float("inf")}, EqualizeError, "`weight` must be a finite number"),
         ({"inner": "no such thing"}, EqualizeError, "`inner` must be a Keras constraint"),
         ({"inner": Equal("other")}, EqualizeError, "`inner` must not tie"),
-        ({"view": 1}, EqualizeError, "`view`"),
+        ({"view": 1}, TypeError, "`view` must be a view"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

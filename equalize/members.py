@@ -1,0 +1,99 @@
+"""Members: one variable of a group, and how it shows the group's common value."""
+
+import math
+import weakref
+from typing import Any
+
+import keras
+
+from equalize import backend
+from equalize.errors import EqualizeError
+from equalize.projections import Tensor
+from equalize.views import View
+
+
+class Member:
+    """One variable of a group.
+
+    The variable is held weakly, since a tie keeps no model alive. A constant belongs to the group and is held.
+
+    Attributes:
+        path: Where the variable lives, as `variable.path` gives it.
+        view: How the member shows the group's common value; None for "as it is".
+        weight: The member's weight in the mean.
+    """
+
+    def __init__(
+        self, variable: keras.Variable, *, view: View | None = None, weight: float = 1.0, constant: bool = False
+    ):
+        self._variable = weakref.ref(variable)
+        self._constant = variable if constant else None
+        self._sighted: weakref.ref[Any] | None = None
+        self.path: str = "constant" if constant else variable.path
+        self.view = view
+        self.weight = weight
+
+    @property
+    def variable(self) -> keras.Variable:
+        """The `keras.Variable`; for a constant, one that is not trainable and that nobody else has."""
+        variable = self._variable()
+        if variable is None:
+            raise EqualizeError(f"The variable '{self.path}' no longer exists: its model has been deleted.")
+        return variable
+
+    @property
+    def alive(self) -> bool:
+        """Whether the variable still exists."""
+        return self._variable() is not None
+
+    @property
+    def constant(self) -> bool:
+        """Whether the member is an array that was given, not a variable of a model."""
+        return self._constant is not None
+
+    @property
+    def anchor(self) -> bool:
+        """Whether the member never moves: it is a constant, or not trainable."""
+        return not self.variable.trainable
+
+    def sight(self) -> None:
+        """Remembers the value that the current step sees, for a scope that does not carry it."""
+        if backend.visible(self.variable):
+            self._sighted = weakref.ref(backend.read(self.variable))
+
+    @property
+    def sighted(self) -> Tensor | None:
+        """The value that `sight` saw, if the step that it belongs to is still being traced."""
+        return None if self._sighted is None else self._sighted()
+
+    @property
+    def common_shape(self) -> tuple[int, ...]:
+        """The shape of the common value, as this member has it."""
+        shape = tuple(self.variable.shape)
+        return shape if self.view is None else self.view.common_shape(shape)
+
+    @property
+    def gain(self) -> float:
+        """The factor by which the view stretches the common value."""
+        return 1.0 if self.view is None else self.view.gain
+
+    @property
+    def exact(self) -> bool:
+        """Whether the view loses no bit: its gain is a power of two."""
+        return math.frexp(self.gain)[0] == 0.5
+
+    def pull(self, w: Tensor) -> Tensor:
+        """The common value as the member's value `w` alone shows it."""
+        return w if self.view is None else self.view.pull(w)
+
+    def show(self, common: Tensor) -> Tensor:
+        """What the member becomes for a common value; what its view does not cover stays."""
+        return common if self.view is None else self.view.forward(common, backend.read(self.variable))
+
+    def __str__(self) -> str:
+        variable = self.variable
+        view = "" if self.view is None else f" as {self.view!r}"
+        return f"'{self.path}' {tuple(variable.shape)} {keras.backend.standardize_dtype(variable.dtype)}{view}"
+
+    def __repr__(self) -> str:
+        return f"<Member {self if self.alive else repr(self.path) + ' (deleted)'}>"

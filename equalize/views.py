@@ -1,0 +1,375 @@
+"""Linear views: how a member of a group shows the group's common value.
+
+A view V maps the common value c to what the member shows, w = V(c): a transposed copy, a flipped one, a multiple, a
+part. Each is a multiple of an isometry, Vᵀ·V = gain² · identity, so the best common value seen from one member alone
+is `pull(w) = Vᵀ(w) / gain²`, and the least-squares one of a group, argmin over c of Σ weight_i · ‖w_i − V_i(c)‖², is
+the mean of the pulled-back members with the weights `weight_i · gain_i²`.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from equalize.errors import EqualizeError, GroupMismatchError
+from equalize.projections import Tensor
+
+Shape = tuple[int, ...]
+
+
+class View:
+    """Base of the views. Equal views have equal configs."""
+
+    gain: float = 1.0
+    """The factor by which the view stretches: ‖V(c)‖ = gain · ‖c‖."""
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        """What the member shows of the common value, V(c).
+
+        Args:
+            common: The common value.
+            like: The member as it is, whose entries that the view does not cover stay. Without it they are zero,
+                as far as the view can know the member's shape.
+
+        Returns:
+            The member.
+        """
+        raise NotImplementedError
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        """The adjoint Vᵀ(w), with ⟨V(c), w⟩ = ⟨c, Vᵀ(w)⟩: what takes a gradient of the member to the common value."""
+        raise NotImplementedError
+
+    def pull(self, w: Tensor) -> Tensor:
+        """The common value seen from the member alone, Vᵀ(w) / gain²."""
+        return self.adjoint(w)
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        """The shape of the common value of a member of this shape.
+
+        Raises:
+            GroupMismatchError: The view does not fit the shape.
+        """
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "View":
+        """The view of a config."""
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.get_config() == other.get_config()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.get_config().items())})"
+
+    def _misfit(self, shape: Sequence[int], expected: str) -> GroupMismatchError:
+        return GroupMismatchError(
+            f"The view {self!r} does not fit a variable of shape {tuple(shape)}: expected {expected}."
+        )
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Transpose(View):
+    """The member is the common value with its axes permuted: `keras.ops.transpose(common, axes)`.
+
+    Args:
+        axes: The permutation, as in `keras.ops.transpose`; None reverses all axes.
+
+    Raises:
+        EqualizeError: `axes` is no permutation.
+        TypeError: `axes` are no integers.
+
+    Example:
+    >>> from equalize import views
+    >>> import keras
+    >>> tuple(views.Transpose().forward(keras.ops.zeros((784, 64))).shape)
+    (64, 784)
+    """
+
+    def __init__(self, axes: Sequence[int] | None = None):
+        self.axes = None if axes is None else _integers("axes", axes)
+        if self.axes is not None and sorted(self.axes) != list(range(len(self.axes))):
+            raise EqualizeError(f"`axes` must be a permutation of 0, 1, ..., n − 1. Received: {axes!r}.")
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        return ops.transpose(common, self._axes(common))
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        return ops.transpose(w, np.argsort(self._axes(w)).tolist())
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        if self.axes is not None and len(self.axes) != len(shape):
+            raise self._misfit(shape, f"{len(self.axes)} axes")
+        return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else tuple(reversed(shape))
+
+    def get_config(self) -> dict[str, Any]:
+        return {"axes": None if self.axes is None else list(self.axes)}
+
+    def _axes(self, x: Tensor) -> Shape:
+        return tuple(reversed(range(len(x.shape)))) if self.axes is None else self.axes
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Flip(View):
+    """The member is the common value with the order of entries reversed along some axes.
+
+    Args:
+        axes: An axis or several.
+
+    Raises:
+        EqualizeError: An axis is named twice, or none is.
+        TypeError: `axes` are no integers.
+
+    Example:
+    >>> from equalize import views
+    >>> import keras
+    >>> keras.ops.convert_to_numpy(views.Flip(0).forward(keras.ops.arange(3))).tolist()
+    [2, 1, 0]
+    """
+
+    def __init__(self, axes: int | Sequence[int]):
+        self.axes = _integers("axes", axes)
+        if not self.axes or len(set(self.axes)) != len(self.axes):
+            raise EqualizeError(f"`axes` must name axes once each. Received: {axes!r}.")
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        return ops.flip(common, self.axes)
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        return ops.flip(w, self.axes)
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        if not all(-len(shape) <= axis < len(shape) for axis in self.axes):
+            raise self._misfit(shape, f"axes {list(self.axes)}")
+        return tuple(shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"axes": list(self.axes)}
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Rotate90(View):
+    """The member is the common value turned by quarter turns, from the first of the axes towards the second.
+
+    Args:
+        k: Number of quarter turns, of any sign.
+        axes: The plane; for a `Conv2D` kernel `(height, width, in, out)` the default is the plane of the image.
+
+    Raises:
+        EqualizeError: `axes` are not two different axes.
+        TypeError: An argument is no integer.
+
+    Example:
+    >>> from equalize import views
+    >>> import keras
+    >>> tuple(views.Rotate90().forward(keras.ops.zeros((3, 5, 1, 2))).shape)
+    (5, 3, 1, 2)
+    """
+
+    def __init__(self, k: int = 1, axes: Sequence[int] = (0, 1)):
+        (self.k,) = _integers("k", k)
+        self.axes = _integers("axes", axes)
+        if len(self.axes) != 2 or self.axes[0] == self.axes[1]:
+            raise EqualizeError(f"`axes` must be two different axes. Received: {axes!r}.")
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        return self._turned(common, self.k)
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        return self._turned(w, -self.k)
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        first, second = self.axes
+        if not all(-len(shape) <= axis < len(shape) for axis in self.axes) or (first - second) % len(shape) == 0:
+            raise self._misfit(shape, f"axes {list(self.axes)}")
+        common = list(shape)
+        if self.k % 2:
+            common[first], common[second] = common[second], common[first]
+        return tuple(common)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"k": self.k, "axes": list(self.axes)}
+
+    def _turned(self, x: Tensor, k: int) -> Tensor:
+        first, second = self.axes
+        if k % 4 == 2:
+            return ops.flip(x, (first, second))
+        if k % 4 == 1:
+            return ops.swapaxes(ops.flip(x, second), first, second)
+        return ops.flip(ops.swapaxes(x, first, second), second) if k % 4 == 3 else x
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Scale(View):
+    """The member is a multiple of the common value.
+
+    A factor that is a power of two, of either sign, is exact. With any other the member is the rounded multiple, and
+    the group should have a member that shows the common value itself.
+
+    Args:
+        factor: The factor, a finite number other than 0.
+
+    Raises:
+        EqualizeError: `factor` is 0 or not finite.
+        TypeError: `factor` is no number.
+
+    Example:
+    >>> from equalize import views
+    >>> import keras
+    >>> float(views.Scale(-2).forward(keras.ops.ones(())))
+    -2.0
+    """
+
+    def __init__(self, factor: float):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
+            raise TypeError(f"`factor` must be a number. Received: {factor!r} of type {type(factor)}.")
+        self.factor = float(factor)
+        if not math.isfinite(self.factor) or self.factor == 0.0:
+            raise EqualizeError(f"`factor` must be finite and not 0. Received: {factor!r}.")
+        self.gain = abs(self.factor)
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        return common * self.factor
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        return w * self.factor
+
+    def pull(self, w: Tensor) -> Tensor:
+        return w / self.factor
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        return tuple(shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Slice(View):
+    """A part of the member is the common value, and the rest of it is free.
+
+    Args:
+        start_indices: Where the part begins along each axis, as in `keras.ops.slice`.
+        shape: The shape of the part, which is the shape of the common value.
+
+    Raises:
+        EqualizeError: The arguments differ in length, or are negative or empty.
+        TypeError: The arguments are no integers.
+
+    Example:
+    >>> from equalize import views
+    >>> import keras
+    >>> tuple(views.Slice((0, 2), (4, 3)).adjoint(keras.ops.zeros((4, 8))).shape)
+    (4, 3)
+    """
+
+    def __init__(self, start_indices: Sequence[int], shape: Sequence[int]):
+        self.start_indices = _integers("start_indices", start_indices)
+        self.shape = _integers("shape", shape)
+        if len(self.start_indices) != len(self.shape) or min((*self.start_indices, 0)) < 0 or min(self.shape) < 1:
+            raise EqualizeError(
+                "`start_indices` and `shape` must be non-negative and positive numbers, one for each axis. "
+                f"Received: start_indices={start_indices!r}, shape={shape!r}."
+            )
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        if like is None:
+            padding = [(start, 0) for start in self.start_indices]
+            return ops.pad(common, padding)
+        return ops.slice_update(like, self.start_indices, common)
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        return ops.slice(w, self.start_indices, self.shape)
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        ends = [start + length for start, length in zip(self.start_indices, self.shape, strict=True)]
+        if len(ends) != len(shape) or any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise self._misfit(shape, f"a shape of at least {tuple(ends)}")
+        return self.shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {"start_indices": list(self.start_indices), "shape": list(self.shape)}
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Chain(View):
+    """Several views in a row: `Chain(a, b)` applies `a` to the common value, then `b`.
+
+    Args:
+        *views: The views, the one next to the common value first.
+
+    Raises:
+        EqualizeError: No view is given.
+        TypeError: An argument is no view.
+
+    Example:
+    >>> from equalize import views
+    >>> import keras
+    >>> tuple(views.Chain(views.Transpose(), views.Slice((0, 1), (3, 2))).adjoint(keras.ops.zeros((3, 4))).shape)
+    (2, 3)
+    """
+
+    def __init__(self, *views: View):
+        for view in views:
+            if not isinstance(view, View):
+                raise TypeError(f"`views` must be views of equalize. Received: {view!r} of type {type(view)}.")
+        if not views:
+            raise EqualizeError("`Chain` needs a view. Received: nothing.")
+        self.views = views
+        self.gain = math.prod(view.gain for view in views)
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        if like is None:
+            for view in self.views:
+                common = view.forward(common)
+            return common
+        inside = [like]
+        for view in reversed(self.views[1:]):
+            inside.insert(0, view.pull(inside[0]))
+        for view, current in zip(self.views, inside, strict=True):
+            common = view.forward(common, current)
+        return common
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        for view in reversed(self.views):
+            w = view.adjoint(w)
+        return w
+
+    def pull(self, w: Tensor) -> Tensor:
+        for view in reversed(self.views):
+            w = view.pull(w)
+        return w
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        for view in reversed(self.views):
+            shape = view.common_shape(shape)
+        return tuple(shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"views": [keras.saving.serialize_keras_object(view) for view in self.views]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Chain":
+        return cls(*(keras.saving.deserialize_keras_object(view) for view in config["views"]))
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.views))})"
+
+
+def _integers(name: str, values: Any) -> Shape:
+    try:
+        return tuple(operator.index(value) for value in ([values] if np.ndim(values) == 0 else values))
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be integers. Received: {values!r} of type {type(values)}.") from error

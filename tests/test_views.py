@@ -1,0 +1,295 @@
+import itertools
+import json
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from keras import ops
+
+import equalize
+from equalize import views
+from equalize.constraints import Equal
+from equalize.errors import EqualizeError, GroupMismatchError
+from equalize.regularizers import MeanL2
+from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
+from tests import strategies
+from tests.conftest import bits, bitwise_equal, fit
+
+
+@st.composite
+def shaped_views(draw, shape):
+    """A view that fits members of a shape."""
+    rank = len(shape)
+    kinds = [
+        st.just(Transpose()),
+        st.permutations(range(rank)).map(Transpose),
+        st.sampled_from([-2.0, 0.5, 3.0]).map(Scale),
+    ]
+    kinds.append(st.sets(st.integers(-rank, -1), min_size=1).map(lambda axes: Flip(sorted(axes))))
+    if rank > 1:
+        kinds.append(
+            st.tuples(st.integers(-5, 5), st.permutations(range(rank))).map(lambda t: Rotate90(t[0], t[1][:2]))
+        )
+    starts = [draw(st.integers(0, size - 1)) for size in shape]
+    lengths = [draw(st.integers(1, size - start)) for size, start in zip(shape, starts, strict=True)]
+    kinds.append(st.just(Slice(starts, lengths)))
+    return draw(st.one_of(kinds))
+
+
+@st.composite
+def views_and_arrays(draw):
+    """A view, possibly a chain, a member that it fits, and a common value."""
+    shape = draw(strategies.shapes)
+    chain, at = [], shape
+    for _ in range(draw(st.integers(1, 3))):
+        view = draw(shaped_views(at))
+        at = view.common_shape(at)
+        chain.insert(0, view)
+    view = chain[0] if len(chain) == 1 else Chain(*chain)
+    w = draw(strategies.arrays(shape, bound=100.0))
+    common = draw(strategies.arrays(at, bound=100.0))
+    return view, w, common
+
+
+def array(tensor):
+    return ops.convert_to_numpy(tensor)
+
+
+@given(views_and_arrays())
+def test_adjoint_identity_isometry_and_pull(case):
+    view, w, common = case
+    assert view.common_shape(w.shape) == common.shape
+    empty = ops.zeros(w.shape)
+    shown = array(view.forward(ops.convert_to_tensor(common), empty)).astype("float64")
+    adjoint = array(view.adjoint(ops.convert_to_tensor(w))).astype("float64")
+    assert shown.shape == w.shape
+    assert adjoint.shape == common.shape
+    size = view.gain * (1.0 + np.linalg.norm(w) * np.linalg.norm(common))
+    assert abs(np.sum(shown * w) - np.sum(common * adjoint)) <= 1e-5 * size
+    assert np.linalg.norm(shown) == pytest.approx(view.gain * np.linalg.norm(common), rel=1e-5, abs=1e-30)
+    back = array(view.pull(ops.convert_to_tensor(shown.astype("float32"))))
+    np.testing.assert_allclose(back, common, rtol=1e-5, atol=1e-30)
+
+
+@given(views_and_arrays())
+def test_forward_keeps_what_the_view_does_not_cover(case):
+    view, w, common = case
+    member, value = ops.convert_to_tensor(w), ops.convert_to_tensor(common)
+    kept = array(view.forward(view.pull(member), member))
+    np.testing.assert_allclose(kept, w, rtol=1e-5, atol=1e-30)
+    covered = array(view.forward(ops.ones(common.shape), ops.zeros(w.shape))) != 0
+    assert np.array_equal(array(view.forward(value, member))[~covered], w[~covered])
+    assert covered.sum() == common.size
+
+
+@given(views_and_arrays())
+def test_config_round_trip_through_json(case):
+    view, _, _ = case
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(view)))
+    assert keras.saving.deserialize_keras_object(config) == view
+    assert hash(keras.saving.deserialize_keras_object(config)) == hash(view)
+
+
+@given(strategies.shapes.filter(lambda shape: len(shape) > 1), st.integers(-5, 5))
+def test_rotation_is_that_of_numpy(shape, k):
+    w = np.arange(np.prod(shape), dtype="float32").reshape(shape)
+    assert np.array_equal(array(Rotate90(k).forward(ops.convert_to_tensor(w))), np.rot90(w, k))
+
+
+def test_views_by_hand():
+    w = ops.convert_to_tensor(np.float32([[1, 2, 3], [4, 5, 6]]))
+    assert array(Transpose().forward(w)).tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert array(Flip((0, 1)).forward(w)).tolist() == [[6, 5, 4], [3, 2, 1]]
+    assert array(Scale(2).forward(w)).tolist() == [[2, 4, 6], [8, 10, 12]]
+    assert array(Slice((0, 1), (2, 2)).adjoint(w)).tolist() == [[2, 3], [5, 6]]
+    assert array(Chain(Transpose(), Flip(0)).forward(w)).tolist() == [[3, 6], [2, 5], [1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Transpose((0, 2)), EqualizeError, "permutation"),
+        (lambda: Transpose("ab"), TypeError, "`axes` must be integers"),
+        (lambda: Flip(()), EqualizeError, "`axes` must name axes once"),
+        (lambda: Flip((0, 0)), EqualizeError, "`axes` must name axes once"),
+        (lambda: Rotate90(1, (0, 0)), EqualizeError, "two different axes"),
+        (lambda: Rotate90(0.5), TypeError, "`k` must be integers"),
+        (lambda: Scale(0), EqualizeError, "not 0"),
+        (lambda: Scale(float("inf")), EqualizeError, "finite"),
+        (lambda: Scale("2"), TypeError, "must be a number"),
+        (lambda: Slice((0,), (1, 2)), EqualizeError, "one for each axis"),
+        (lambda: Slice((-1,), (1,)), EqualizeError, "non-negative"),
+        (lambda: Chain(), EqualizeError, "needs a view"),
+        (lambda: Chain(1), TypeError, "must be views"),
+        (lambda: Equal("g", view="Transpose"), TypeError, "must be a view"),
+    ],
+)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_views_that_do_not_fit_are_an_error_with_both_shapes():
+    one, two = (
+        keras.Variable(np.zeros((4, 3), "float32"), name="one"),
+        keras.Variable(np.zeros((3, 4), "float32"), name="two"),
+    )
+    registry = equalize.GroupRegistry()
+    with pytest.raises(
+        GroupMismatchError, match=r"expected shape \(4, 3\), set by 'one'; received \(3, 4\).*Transpose"
+    ):
+        registry.tie("g", [one, two], Equal())
+    with pytest.raises(GroupMismatchError, match=r"'two'.*Slice.*does not fit a variable of shape \(3, 4\)"):
+        registry.tie("g", [one, (two, Slice((0, 0), (4, 3)))], Equal())
+    with pytest.raises(GroupMismatchError, match="expected 3 axes"):
+        registry.tie("g", [one, (two, Transpose((0, 2, 1)))], Equal())
+    with pytest.raises(TypeError, match="a pair of a variable and a view"):
+        registry.tie("g", [one, (two, "Transpose")], Equal())
+    registry.tie("g", [one, (two, Transpose())], Equal())
+
+
+def test_the_common_value_is_the_least_squares_one():
+    rows = [np.float32([1.0, 4.0]), np.float32([6.0, 8.0]), np.float32([-1.0, 1.0])]
+    variables = [keras.Variable(row) for row in rows]
+    factors = [1.0, 3.0, -2.0]
+    registry = equalize.GroupRegistry()
+    members = [(v, Scale(s)) for v, s in zip(variables, factors, strict=True)]
+    registry.tie("g", members, Equal(rate=0.5))
+    expected = sum(s * row for s, row in zip(factors, rows, strict=True)) / sum(s * s for s in factors)
+    np.testing.assert_allclose(array(registry["g"].value), expected, rtol=1e-6)
+
+
+MEMBER_VIEWS = {
+    "transpose": [None, Transpose()],
+    "flip": [None, Flip(0), Flip((0, 1))],
+    "rotate": [None, Rotate90(1), Rotate90(2), Rotate90(-1)],
+    "minus": [None, Scale(-1)],
+    "scale": [None, Scale(3), Scale(0.7)],
+    "all scaled": [Scale(3), Scale(7)],
+    "slice": [None, Slice((1, 2), (4, 4))],
+    "chain": [None, Chain(Transpose(), Flip(1), Scale(-4)), Chain(Slice((2, 0), (4, 4)), Transpose())],
+}
+
+
+def model_of(member_views, **arguments):
+    """Layers whose kernels show a 4×4 common value through views."""
+    entrance = keras.Input((5,))
+    layers, outputs = [], []
+    for i, view in enumerate(member_views):
+        part = [v for v in (view.views if isinstance(view, Chain) else [view]) if isinstance(v, Slice)]
+        width = 6 if part else 4
+        layer = keras.layers.Dense(width, activation="tanh", name=f"shown_{i}", **arguments)
+        outputs.append(layer(keras.layers.Dense(width, name=f"in_{i}")(entrance)))
+        layers.append(layer)
+    return keras.Model(entrance, keras.layers.Dense(1)(keras.layers.Concatenate()(outputs))), layers
+
+
+class Shown(keras.callbacks.Callback):
+    """Asserts after every step that each member shows bit for bit what the first common value gives it."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.group = group
+        self.steps = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()
+        assert self.group.spread() == 0.0
+        self.steps += 1
+
+
+@pytest.mark.parametrize("kind", MEMBER_VIEWS)
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_hard_ties_hold_through_views_after_every_step(kind, jit_compile):
+    if jit_compile and keras.backend.backend() == "torch":
+        pytest.skip("PyTorch is not compiled")
+    model, layers = model_of(MEMBER_VIEWS[kind])
+    registry = equalize.GroupRegistry()
+    pairs = zip(layers, MEMBER_VIEWS[kind], strict=True)
+    group = registry.tie("g", [layer.kernel if v is None else (layer.kernel, v) for layer, v in pairs], Equal())
+    assert group.spread() == 0.0
+    before = bits(layers[1].kernel)
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
+    model.compile("adam", "mse", jit_compile=jit_compile)
+    shown = Shown(group)
+    model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0, callbacks=[shown])
+    assert shown.steps == 8
+    assert bits(layers[1].kernel) != before
+    for member, view in zip(layers, MEMBER_VIEWS[kind], strict=True):
+        if kind in ("transpose", "flip", "rotate", "minus", "slice", "chain"):
+            common, value = (ops.convert_to_tensor(array(layer.kernel.value)) for layer in (layers[0], member))
+            assert array(common if view is None else view.forward(common, value)).tobytes() == array(value).tobytes()
+
+
+@pytest.mark.parametrize("kind", MEMBER_VIEWS)
+def test_projecting_again_changes_no_bit_through_views(kind):
+    model, layers = model_of(MEMBER_VIEWS[kind])
+    registry = equalize.GroupRegistry()
+    pairs = zip(layers, MEMBER_VIEWS[kind], strict=True)
+    registry.tie("g", [layer.kernel if v is None else (layer.kernel, v) for layer, v in pairs], Equal())
+    registry.project()
+    once = [bits(layer.kernel) for layer in layers]
+    for _ in range(3):
+        registry.project()
+        assert [bits(layer.kernel) for layer in layers] == once
+
+
+def test_the_free_part_of_a_sliced_member_trains_alone():
+    model, (whole, sliced) = model_of(MEMBER_VIEWS["slice"])
+    registry = equalize.GroupRegistry()
+    registry.tie("g", [whole.kernel, (sliced.kernel, Slice((1, 2), (4, 4)))], Equal())
+    before = array(sliced.kernel.value).copy()
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
+    fit(model, x=x, y=x[:, :1])
+    after = array(sliced.kernel.value)
+    free = np.ones((6, 6), bool)
+    free[1:5, 2:6] = False
+    assert np.all(after[free] != before[free])
+    assert np.array_equal(after[1:5, 2:6], array(whole.kernel.value))
+
+
+def test_views_in_layers_and_in_configs():
+    entrance = keras.Input((4,))
+    encoder = keras.layers.Dense(3, kernel_constraint=Equal("ae"))
+    decoder = keras.layers.Dense(4, kernel_constraint=Equal("ae", view=Transpose()))
+    model = keras.Model(entrance, decoder(encoder(entrance)))
+    clone = keras.models.clone_model(model)
+    for each in (model, clone):
+        registry = equalize.GroupRegistry().link(each)
+        x = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+        fit(each, x=x, y=x)
+        one, two = (array(layer.kernel.value) for layer in each.layers[1:])
+        assert np.array_equal(one, two.T)
+        registry.check()
+
+
+def test_soft_ties_through_views():
+    one, two = keras.Variable(np.float32([[1.0, 2.0, 3.0]])), keras.Variable(np.float32([[5.0], [2.0], [1.0]]))
+    registry = equalize.GroupRegistry()
+    registry.tie("g", [one, (two, Transpose())], MeanL2(factor=1.0))
+    assert float(array(registry.penalty())) == pytest.approx((16 + 0 + 4) / 2)
+    assert registry.spread() == {"g": 4.0}
+    registry.sync("first", "g")
+    assert array(two.value).tolist() == [[1.0], [2.0], [3.0]]
+
+
+def test_a_frozen_member_holds_the_others_through_its_view():
+    model, layers = model_of([None, Chain(Transpose(), Scale(2))])
+    layers[1].trainable = False
+    frozen = array(layers[1].kernel.value).copy()
+    registry = equalize.GroupRegistry()
+    registry.tie("g", [layers[0].kernel, (layers[1].kernel, Chain(Transpose(), Scale(2)))], Equal())
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
+    fit(model, x=x, y=x[:, :1])
+    assert np.array_equal(array(layers[1].kernel.value), frozen)
+    assert np.array_equal(array(layers[0].kernel.value), frozen.T / 2)
+
+
+def test_every_public_view_is_tested_here():
+    public = {name for name, thing in vars(views).items() if isinstance(thing, type) and issubclass(thing, views.View)}
+    assert public == {"View", "Transpose", "Flip", "Rotate90", "Scale", "Slice", "Chain"}
+    assert len(set(itertools.chain(*MEMBER_VIEWS.values()))) > 8
+    assert bitwise_equal(keras.Variable(1.0), keras.Variable(1.0))
