@@ -1,10 +1,11 @@
 """Constraints that tie: what an optimizer step is followed by."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from equalize import rules
+from equalize import backend, rules, symmetry
 from equalize.errors import EqualizeError
 from equalize.projections import Tensor
 from equalize.views import View
@@ -93,5 +94,58 @@ class Equal(rules.Rule, keras.constraints.Constraint):
             "rate": self.rate,
             "weight": self.weight,
             "view": rules.view_config(self.view),
+            "inner": keras.constraints.serialize(self.inner) if self.inner is not None else None,
+        }
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Invariant(keras.constraints.Constraint):
+    """Keeps one variable unchanged by a group of views: symmetric, antisymmetric, the same under rotations.
+
+    After every optimizer step the variable becomes the mean of all its views, the Reynolds operator
+    `w ← (1/|G|) · Σ_{g in G} g(w)`, which is the orthogonal projection onto the tensors that no view in the group
+    changes. It needs no registry, since all of it happens inside one variable. The result is bitwise invariant.
+
+    Args:
+        views: The views of the group, with or without the one that changes nothing. Together they must form a finite
+            group: each followed by each other must be one of them. For kernels under the four rotations these are
+            `[Rotate90(1), Rotate90(2), Rotate90(3)]`; for antisymmetric ones `[Chain(Flip(0), Scale(-1))]`.
+        inner: A Keras constraint for the invariant value, as an object, a config or a name. It should itself treat
+            the entries alike, as `MaxNorm` over the turned axes does, or the result is not invariant.
+
+    Raises:
+        EqualizeError: No view is given; or, when the constraint meets its variable, the views do not form a finite
+            group, change its shape or do not fit it.
+        TypeError: An entry of `views` is no view.
+
+    Example:
+    >>> import keras, equalize
+    >>> from equalize.views import Flip
+    >>> layer = keras.layers.Conv1D(2, 5, kernel_constraint=equalize.constraints.Invariant([Flip(0)]))
+    >>> layer.build((None, 8, 3))
+    >>> kernel = layer.kernel_constraint(layer.kernel)  # what every optimizer step does
+    >>> bool(keras.ops.all(kernel == keras.ops.flip(kernel, 0)))
+    True
+
+    Reference:
+        Cohen and Welling, Group equivariant convolutional networks (2016), for invariance under the rotations.
+    """
+
+    def __init__(self, views: Sequence[View], *, inner: Any = None):
+        if not isinstance(views, (list, tuple)):
+            raise TypeError(f"`views` must be a list of views. Received: {views!r} of type {type(views)}.")
+        checked = [rules.checked_view(view) for view in views]
+        self.views = tuple(view for view in checked if view is not None)
+        if not self.views:
+            raise EqualizeError(f"`views` must hold at least one view. Received: {views!r}.")
+        self.inner = rules.checked_inner(keras.constraints.get, inner, "constraint")
+
+    def __call__(self, w: Tensor) -> Tensor:
+        value = symmetry.average(self.views, backend.tensor(w))
+        return value if self.inner is None else self.inner(value)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "views": [rules.view_config(view) for view in self.views],
             "inner": keras.constraints.serialize(self.inner) if self.inner is not None else None,
         }
