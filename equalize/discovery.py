@@ -18,8 +18,15 @@ from equalize.views import View
 Entries: TypeAlias = "list[tuple[keras.Variable, Rule]]"
 
 
-def find_groups(models: Sequence[keras.Layer]) -> dict[str, Entries]:
+def find_groups(models: Sequence[keras.Layer], *, ruleless: bool = False) -> dict[str, Entries]:
     """The variables with a rule in the order of the models' weights, by the name of the group.
+
+    Args:
+        models: Built models.
+        ruleless: Whether a model without rules is in order, since its ties come from elsewhere.
+
+    Returns:
+        For each group, its variables and their rules.
 
     Raises:
         NotLinkedError: A model is not built, or carries no rule.
@@ -32,7 +39,7 @@ def find_groups(models: Sequence[keras.Layer]) -> dict[str, Entries]:
     seen: set[int] = set()
     for model in models:
         rules = 0
-        for variable in _weights(model):
+        for variable in weights_of(model):
             for rule in rules_on(variable):
                 rules += 1
                 if rule.group is None:
@@ -43,7 +50,7 @@ def find_groups(models: Sequence[keras.Layer]) -> dict[str, Entries]:
                 if id(variable) not in seen:
                     found.setdefault(rule.group, []).append((variable, rule))
             seen.add(id(variable))
-        if not rules:
+        if not rules and not ruleless:
             raise NotLinkedError(
                 f"No rule was found in '{model.name}', so there is nothing to link. Expected: layers with, for "
                 'instance, `kernel_constraint=equalize.constraints.Equal("towers")`. To tie layers that are built '
@@ -148,7 +155,13 @@ def _member(name: str, member: Any, dtype: str | None) -> Member:
     return Member(constant, view=view, constant=True)
 
 
-def _weights(model: Any) -> list[keras.Variable]:
+def weights_of(model: Any) -> list[keras.Variable]:
+    """The weights of a built model.
+
+    Raises:
+        NotLinkedError: It is not built.
+        TypeError: It is no model.
+    """
     if not isinstance(model, keras.Layer):
         raise TypeError(
             f"`link` expects Keras models or layers. Received: {model!r} of type {type(model)}. Variables are tied "

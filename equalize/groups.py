@@ -23,11 +23,13 @@ class Group:
     Attributes:
         name: The group's name.
         rule: The rule, for instance `equalize.constraints.Equal()`.
+        declared: Whether layers carry the rule in their configs, so that `link` finds it again in a copy of the model.
     """
 
-    def __init__(self, name: str, members: Sequence[Member], rule: Any):
+    def __init__(self, name: str, members: Sequence[Member], rule: Any, *, declared: bool = False):
         self.name = name
         self.rule = rule
+        self.declared = declared
         self._members = tuple(members)
         self._projected: dict[Member, freshness.Watch] = {}
         self._statistic: _Statistic | None = None

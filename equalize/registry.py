@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from equalize import binding, discovery, matching, reporting
+from equalize import binding, discovery, matching, persistence, reporting
 from equalize.errors import EqualizeError, GroupMismatchError, TieBrokenError
 from equalize.groups import Group
 from equalize.members import Member
@@ -15,6 +15,7 @@ from equalize.rules import Rule
 _INITIAL = ("first", "mean", "strict")
 
 
+@keras.saving.register_keras_serializable(package="equalize")
 class GroupRegistry(Mapping[str, Group]):
     """Links the variables of a model into groups that are kept equal, or close, while the model trains.
 
@@ -38,11 +39,13 @@ class GroupRegistry(Mapping[str, Group]):
 
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
+        self._pending: list[dict[str, Any]] = []
 
     def link(self, *models: keras.Model, initial: str = "first") -> "GroupRegistry":
         """Finds the rules in built models, checks the groups that they name, and makes hard groups equal.
 
-        Nothing is changed before everything is checked. Linking a model again changes nothing.
+        Nothing is changed before everything is checked. Linking a model again changes nothing. A registry made by
+        `from_config` also ties what its config says, by the paths of variables.
 
         Args:
             *models: Built models (or layers). Give several in one call where one group spans models that are
@@ -62,7 +65,8 @@ class GroupRegistry(Mapping[str, Group]):
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
         """
         _require_option("initial", initial, _INITIAL)
-        found = discovery.find_groups(models)
+        restored = self._restored(models, initial)
+        found = discovery.find_groups(models, ruleless=bool(restored))
         known = dict(self)
         new: list[tuple[Group, list[Rule]]] = []
         adopted: dict[str, Group] = {}
@@ -78,9 +82,11 @@ class GroupRegistry(Mapping[str, Group]):
             rules = [rule for _, rule in entries]
             matching.require_company(name, members, [*known, *found])
             matching.require_fit(name, members, rules)
-            new.append((Group(name, members, rules[0].template(rules[0].inner)), rules))
+            new.append((Group(name, members, rules[0].template(rules[0].inner), declared=True), rules))
         for group, _ in new:
             _require_start(group, initial)
+        self._establish(restored, initial)
+        self._pending = []
         for group in outgrown:
             binding.detach(group)
         for group, rules in new:
@@ -118,33 +124,14 @@ class GroupRegistry(Mapping[str, Group]):
         _require_option("initial", initial, _INITIAL)
         discovery.require_rule(name, rule)
         by_group, layers = discovery.members_of(name, members)
-        planned: list[tuple[Group, list[Any]]] = []
+        planned = []
         for group_name, group_members in by_group.items():
-            if group_name in self:
-                raise GroupMismatchError(
-                    f"There is a group '{group_name}' already: {self[group_name]!r}. Expected: a new name. "
-                    f"Call `untie({group_name!r})` first, or choose another name."
-                )
             for member in group_members:
                 member.weight = rule.weight
                 member.view = member.view or rule.view
-            matching.require_company(group_name, group_members, self)
-            matching.require_fit(group_name, group_members, [rule] * len(group_members))
-            if rule.slot == "constraint":
-                matching.require_no_other_hard_group(group_name, group_members)
-            inner = binding.inner_for(group_name, rule, group_members)
-            template = rule.template(inner[0] if rule.slot == "constraint" else rule.inner)
-            planned.append((Group(group_name, group_members, template), inner))
-        for group, _ in planned:
-            _require_start(group, initial)
-        for group, inner in planned:
-            for member, kept in zip(group.members, inner, strict=True):
-                if not member.constant:
-                    binding.attach(rule, group, member, kept)
-            if group.hard:
-                group.sync(initial)
-            self._groups[group.name] = group
-        groups = [group for group, _ in planned]
+            planned.append(self._planned(group_name, group_members, rule, initial))
+        self._establish(planned, initial)
+        groups = [group for group, _, _ in planned]
         return groups if layers else groups[0]
 
     def untie(self, *names: str) -> None:
@@ -232,6 +219,28 @@ class GroupRegistry(Mapping[str, Group]):
         """
         reporting.print_summary(list(self.values()), print_fn)
 
+    def get_config(self) -> dict[str, Any]:
+        """The ties made with `tie`, as JSON-serializable data: rules, paths of variables, views and constants.
+
+        Ties that layers carry in their own configs are not repeated here.
+        """
+        made = [persistence.group_config(group) for group in self.values() if not group.declared]
+        return {"groups": made + self._pending}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GroupRegistry":
+        """A registry with the ties of a config, which `link(model)` makes for a model with the same paths.
+
+        Raises:
+            EqualizeError: The config is damaged.
+        """
+        registry = cls()
+        registry._pending = list(persistence.checked_config(config))
+        return registry
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GroupRegistry.from_config, (self.get_config(),)
+
     def __getitem__(self, name: str) -> Group:
         group = self._groups[name]
         if len(group.members) == sum(member.constant for member in group.members):
@@ -253,6 +262,41 @@ class GroupRegistry(Mapping[str, Group]):
 
     def __repr__(self) -> str:
         return f"<GroupRegistry: {', '.join(map(repr, self.values())) or 'no groups'}>"
+
+    def _planned(self, name: str, members: list[Member], rule: Rule, initial: str) -> tuple[Group, Rule, list[Any]]:
+        """A group that may be made, with its rule and what that finds on each variable; nothing is changed."""
+        if name in self:
+            raise GroupMismatchError(
+                f"There is a group '{name}' already: {self[name]!r}. Expected: a new name. Call `untie({name!r})` "
+                "first, or choose another name."
+            )
+        matching.require_company(name, members, self)
+        matching.require_fit(name, members, [rule] * len(members))
+        if rule.slot == "constraint":
+            matching.require_no_other_hard_group(name, members)
+        inner = binding.inner_for(name, rule, members)
+        moving = [kept for member, kept in zip(members, inner, strict=True) if not member.constant]
+        group = Group(name, members, rule.template(moving[0] if rule.slot == "constraint" else rule.inner))
+        _require_start(group, initial)
+        return group, rule, inner
+
+    def _establish(self, planned: Sequence[tuple[Group, Rule, list[Any]]], initial: str) -> None:
+        """Makes planned groups."""
+        for group, rule, inner in planned:
+            for member, kept in zip(group.members, inner, strict=True):
+                if not member.constant:
+                    binding.attach(rule, group, member, kept)
+            if group.hard:
+                group.sync(initial)
+            self._groups[group.name] = group
+
+    def _restored(self, models: Sequence[Any], initial: str) -> list[tuple[Group, Rule, list[Any]]]:
+        """The groups of a config, planned for models."""
+        weights = [weight for model in models for weight in discovery.weights_of(model)] if self._pending else []
+        return [
+            self._planned(entry["name"], persistence.members_of(entry, weights), persistence.rule_of(entry), initial)
+            for entry in self._pending
+        ]
 
     def _selected(self, names: Sequence[str]) -> list[Group]:
         """The groups of these names, or those below them in a tie of layers; all without a name."""
