@@ -62,11 +62,11 @@ def require_company(name: str, members: Sequence[Member], others: Iterable[str])
     )
 
 
-def require_no_other_hard_group(name: str, members: Sequence[Member], group: Group | None = None) -> None:
+def require_no_other_hard_group(name: str, members: Sequence[Member]) -> None:
     """Raises `GroupMismatchError` where a member is projected by another group already."""
     for member in members:
         for rule in rules_on(member.variable):
-            if rule.slot == "constraint" and (rule.bound_group is not group or group is None):
+            if rule.slot == "constraint":
                 raise GroupMismatchError(
                     f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{rule.group}' already "
                     f"({rule.describe()}), and a variable can be projected by one group only. Name all members in one "

@@ -1,14 +1,15 @@
 """The registry: the groups of a model by name, and everything one does with them."""
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 
-from equalize import binding, discovery, matching, persistence, reporting
-from equalize.errors import EqualizeError, GroupMismatchError, TieBrokenError
+from equalize import binding, discovery, persistence, planning, reporting
+from equalize.diagnosis import Finding, findings
+from equalize.errors import EqualizeError, TieBrokenError
 from equalize.groups import Group
-from equalize.members import Member
 from equalize.projections import Tensor
 from equalize.rules import Rule
 
@@ -40,6 +41,8 @@ class GroupRegistry(Mapping[str, Group]):
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
         self._pending: list[dict[str, Any]] = []
+        self._models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+        self._monitors: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def link(self, *models: keras.Model, initial: str = "first") -> "GroupRegistry":
         """Finds the rules in built models, checks the groups that they name, and makes hard groups equal.
@@ -65,10 +68,10 @@ class GroupRegistry(Mapping[str, Group]):
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
         """
         _require_option("initial", initial, _INITIAL)
-        restored = self._restored(models, initial)
+        restored = planning.restore(self, self._pending, models, initial)
         found = discovery.find_groups(models, ruleless=bool(restored))
         known = dict(self)
-        new: list[tuple[Group, list[Rule]]] = []
+        new: list[planning.Plan] = []
         adopted: dict[str, Group] = {}
         outgrown: list[Group] = []
         for name, entries in found.items():
@@ -78,24 +81,14 @@ class GroupRegistry(Mapping[str, Group]):
                 continue
             if existing is not None:
                 outgrown.append(existing)
-            members = [Member(variable, view=rule.view, weight=rule.weight) for variable, rule in entries]
-            rules = [rule for _, rule in entries]
-            matching.require_company(name, members, [*known, *found])
-            matching.require_fit(name, members, rules)
-            new.append((Group(name, members, rules[0].template(rules[0].inner), declared=True), rules))
-        for group, _ in new:
-            _require_start(group, initial)
-        self._establish(restored, initial)
-        self._pending = []
+            new.append(planning.plan_declared(name, entries, [*known, *found], initial))
         for group in outgrown:
             binding.detach(group)
-        for group, rules in new:
-            for member, rule in zip(group.members, rules, strict=True):
-                binding.attach(rule, group, member, rule.inner)
-            if group.hard:
-                group.sync(initial)
-            self._groups[group.name] = group
+        for plan in (*restored, *new):
+            self._add(plan.establish(initial))
+        self._pending = []
         self._groups.update(adopted)
+        self._models.update(models)
         return self
 
     def tie(self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first") -> Group | list[Group]:
@@ -129,9 +122,8 @@ class GroupRegistry(Mapping[str, Group]):
             for member in group_members:
                 member.weight = rule.weight
                 member.view = member.view or rule.view
-            planned.append(self._planned(group_name, group_members, rule, initial))
-        self._establish(planned, initial)
-        groups = [group for group, _, _ in planned]
+            planned.append(planning.plan(self, group_name, group_members, rule, initial))
+        groups = [self._add(plan.establish(initial)) for plan in planned]
         return groups if layers else groups[0]
 
     def untie(self, *names: str) -> None:
@@ -217,7 +209,20 @@ class GroupRegistry(Mapping[str, Group]):
         Args:
             print_fn: Called with the table as text; by default it is printed, in color where the terminal has it.
         """
-        reporting.print_summary(list(self.values()), print_fn)
+        reporting.print_summary(list(self.values()), len(self.diagnose()), print_fn)
+
+    def diagnose(self) -> list[Finding]:
+        """What may go wrong with the ties though nothing is broken yet, each with a fix.
+
+        Looks at the groups, and at the models that were linked with their optimizers: averaging of weights without a
+        monitor, clipping by the global norm, weight decay of some members only, partial averaging under gradient
+        accumulation, rules that LoRA or quantization dropped or that were never linked, members that an optimizer on
+        JAX does not reach, hard groups that are not equal.
+
+        Returns:
+            A list of findings, empty where there is nothing to say. Print one to read it.
+        """
+        return findings(list(self.values()), list(self._models), monitored=len(self._monitors) > 0)
 
     def get_config(self) -> dict[str, Any]:
         """The ties made with `tie`, as JSON-serializable data: rules, paths of variables, views and constants.
@@ -263,40 +268,9 @@ class GroupRegistry(Mapping[str, Group]):
     def __repr__(self) -> str:
         return f"<GroupRegistry: {', '.join(map(repr, self.values())) or 'no groups'}>"
 
-    def _planned(self, name: str, members: list[Member], rule: Rule, initial: str) -> tuple[Group, Rule, list[Any]]:
-        """A group that may be made, with its rule and what that finds on each variable; nothing is changed."""
-        if name in self:
-            raise GroupMismatchError(
-                f"There is a group '{name}' already: {self[name]!r}. Expected: a new name. Call `untie({name!r})` "
-                "first, or choose another name."
-            )
-        matching.require_company(name, members, self)
-        matching.require_fit(name, members, [rule] * len(members))
-        if rule.slot == "constraint":
-            matching.require_no_other_hard_group(name, members)
-        inner = binding.inner_for(name, rule, members)
-        moving = [kept for member, kept in zip(members, inner, strict=True) if not member.constant]
-        group = Group(name, members, rule.template(moving[0] if rule.slot == "constraint" else rule.inner))
-        _require_start(group, initial)
-        return group, rule, inner
-
-    def _establish(self, planned: Sequence[tuple[Group, Rule, list[Any]]], initial: str) -> None:
-        """Makes planned groups."""
-        for group, rule, inner in planned:
-            for member, kept in zip(group.members, inner, strict=True):
-                if not member.constant:
-                    binding.attach(rule, group, member, kept)
-            if group.hard:
-                group.sync(initial)
-            self._groups[group.name] = group
-
-    def _restored(self, models: Sequence[Any], initial: str) -> list[tuple[Group, Rule, list[Any]]]:
-        """The groups of a config, planned for models."""
-        weights = [weight for model in models for weight in discovery.weights_of(model)] if self._pending else []
-        return [
-            self._planned(entry["name"], persistence.members_of(entry, weights), persistence.rule_of(entry), initial)
-            for entry in self._pending
-        ]
+    def _add(self, group: Group) -> Group:
+        self._groups[group.name] = group
+        return group
 
     def _selected(self, names: Sequence[str]) -> list[Group]:
         """The groups of these names, or those below them in a tie of layers; all without a name."""
@@ -312,11 +286,3 @@ class GroupRegistry(Mapping[str, Group]):
 def _require_option(name: str, value: Any, options: Sequence[str]) -> None:
     if value not in options:
         raise EqualizeError(f"`{name}` must be one of {list(options)}. Received: {value!r}.")
-
-
-def _require_start(group: Group, initial: str) -> None:
-    """What must hold of the values before a group is made."""
-    if group.projects:
-        group.require_anchors_agree()
-    if group.hard and initial == "strict":
-        matching.require_equal(group)

@@ -10,19 +10,20 @@ import rich.table
 from equalize.groups import Group
 
 
-def print_summary(groups: Sequence[Group], print_fn: Callable[[str], object] | None = None) -> None:
+def print_summary(groups: Sequence[Group], findings: int = 0, print_fn: Callable[[str], object] | None = None) -> None:
     """Prints one row a group, and the totals.
 
     Args:
         groups: The groups of a registry.
+        findings: How many findings `GroupRegistry.diagnose` has.
         print_fn: Called with the text, free of escape codes; None prints to the terminal, as `model.summary()` does.
     """
     if print_fn is None:
-        _render(rich.console.Console(highlight=False), groups)
+        _render(rich.console.Console(highlight=False), groups, findings)
         return
     console = rich.console.Console(highlight=False, force_terminal=False, color_system=None)
     with console.capture() as capture:
-        _render(console, groups)
+        _render(console, groups, findings)
     print_fn(capture.get())
 
 
@@ -59,7 +60,7 @@ def weights_free(groups: Sequence[Group]) -> int:
     return common + sum(math.prod(variable.shape) for variable in loose.values())
 
 
-def _render(console: rich.console.Console, groups: Sequence[Group]) -> None:
+def _render(console: rich.console.Console, groups: Sequence[Group], findings: int) -> None:
     table = rich.table.Table(show_lines=True)
     for title, justify in (("Group", "left"), ("Rule", "left"), ("Members", "left")):
         table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -82,4 +83,6 @@ def _render(console: rich.console.Console, groups: Sequence[Group]) -> None:
     stored, free = weights_stored(groups), weights_free(groups)
     share = f" ({free / stored:.1%})" if stored else ""
     console.print(table)
+    if findings:
+        console.print(f" Findings: {findings}; `registry.diagnose()` says what and how to mend it")
     console.print(f" Total: {len(groups)} groups, {stored:,} weights stored, {free:,} weights free{share}")

@@ -1,0 +1,139 @@
+"""What may go wrong with the ties of a model though nothing is broken yet."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from equalize.binding import rules_on
+from equalize.groups import Group
+from equalize.rules import Rule
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that deserves a look.
+
+    Attributes:
+        kind: A short name for the kind of finding, for instance `"ema"`.
+        subject: The group, or the layer, that it is about.
+        message: What was found.
+        fix: What to do about it.
+    """
+
+    kind: str
+    subject: str
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"[{self.kind}] '{self.subject}': {self.message} {self.fix}"
+
+
+def findings(groups: Sequence[Group], models: Sequence[keras.Model], *, monitored: bool) -> list[Finding]:
+    """All findings about groups, and about the models that they were linked in.
+
+    Args:
+        groups: The groups of a registry.
+        models: The models that the registry has linked.
+        monitored: Whether a `TieMonitor` looks after the groups.
+    """
+    found = [*_unequal(groups)]
+    for model in models:
+        found += _undone(model)
+        optimizer = _innermost(getattr(model, "optimizer", None))
+        if optimizer is not None:
+            own = {id(weight) for weight in model.weights}
+            inside = [group for group in groups if any(id(member.variable) in own for member in group.members)]
+            found += _about_optimizer(inside, optimizer, monitored=monitored)
+    return list(dict.fromkeys(found))
+
+
+def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
+    for group in groups:
+        if group.hard and group.spread() != 0.0:
+            yield Finding(
+                "unequal",
+                group.name,
+                f"the members of a hard group differ by up to {group.spread():g}.",
+                "Call `registry.sync()`.",
+            )
+
+
+def _undone(model: keras.Model) -> Iterator[Finding]:
+    """Rules that a layer declares and its variables do not have, or have unlinked."""
+    for layer in model._flatten_layers():
+        present = {(type(rule), rule.group): rule for weight in layer.weights for rule in rules_on(weight)}
+        for rule in vars(layer).values():
+            if not isinstance(rule, Rule) or not layer.built:
+                continue
+            found = present.get((type(rule), rule.group))
+            if found is None:
+                yield Finding(
+                    "dropped",
+                    layer.name,
+                    f"the layer was given {rule.describe()} of group '{rule.group}', and none of its variables has it.",
+                    "LoRA, quantization and assigning `variable.constraint` do that: tie what the layer has now with "
+                    "`registry.tie`, or leave the layer out of them.",
+                )
+            elif found.bound_group is None:
+                yield Finding(
+                    "unlinked",
+                    layer.name,
+                    f"{rule.describe()} of group '{rule.group}' is not linked.",
+                    "Call `registry.link(model)`.",
+                )
+
+
+def _about_optimizer(groups: Iterable[Group], optimizer: Any, *, monitored: bool) -> Iterator[Finding]:
+    known = {id(variable) for variable in optimizer._trainable_variables}
+    for group in groups:
+        moving = [member.variable for member in group.members if not member.anchor]
+        if group.hard and optimizer.use_ema and not monitored:
+            yield Finding(
+                "ema",
+                group.name,
+                "`use_ema` writes averages over the members at the end of `fit`, which are not equal.",
+                "Train with `callbacks=[equalize.callbacks.TieMonitor(registry)]`, or call "
+                '`registry.sync("mean")` afterwards.',
+            )
+        if group.hard and optimizer.global_clipnorm:
+            yield Finding(
+                "global_clipnorm",
+                group.name,
+                f"`global_clipnorm` counts the gradient of each of the {len(moving)} members, where one shared "
+                "variable would count once, with their sum.",
+                "Expect other clipping than with sharing; `clipnorm` treats each member alone.",
+            )
+        if group.projects and not group.hard and optimizer.gradient_accumulation_steps:
+            yield Finding(
+                "accumulation",
+                group.name,
+                f"the rate {group.rule.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
+                "micro-steps of an update, since Keras calls constraints in all of them.",
+                "Choose the rate for one micro-step: 1 − (1 − rate)^(1/steps).",
+            )
+        decayed = {bool(optimizer._use_weight_decay(variable)) for variable in moving}
+        if optimizer.weight_decay and len(decayed) > 1:
+            yield Finding(
+                "weight_decay",
+                group.name,
+                "weight decay covers some members and not others, so the group decays at a rate in between.",
+                "Exclude all members from weight decay, or none.",
+            )
+        inside = [id(variable) in known for variable in moving]
+        if keras.backend.backend() == "jax" and any(inside) and not all(inside):
+            yield Finding(
+                "optimizers",
+                group.name,
+                "not all members are trained by the optimizer of this model, and on JAX it reaches no other variable.",
+                "Train all members with one optimizer, or apply the optimizers inside one `keras.StatelessScope`.",
+            )
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer inside its wrappers; None for what is no Keras optimizer."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer if isinstance(optimizer, keras.optimizers.Optimizer) else None

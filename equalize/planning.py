@@ -1,0 +1,84 @@
+"""Groups that may be made: everything is checked in the plan, and nothing changes before it is carried out."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from equalize import binding, discovery, matching, persistence
+from equalize.errors import GroupMismatchError
+from equalize.groups import Group
+from equalize.members import Member
+from equalize.rules import Rule
+
+
+@dataclass
+class Plan:
+    """A group to be made.
+
+    Attributes:
+        group: The group.
+        rules: The rule of each member.
+        inner: What goes on inside the rule, for each member.
+    """
+
+    group: Group
+    rules: list[Rule]
+    inner: list[Any]
+
+    def establish(self, initial: str) -> Group:
+        """Binds the members, and makes a hard group equal."""
+        for member, rule, inner in zip(self.group.members, self.rules, self.inner, strict=True):
+            if not member.constant:
+                binding.attach(rule, self.group, member, inner)
+        if self.group.hard:
+            self.group.sync(initial)
+        return self.group
+
+
+def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], initial: str) -> Plan:
+    """A group that layers declare, from their variables and rules."""
+    members = [Member(variable, view=rule.view, weight=rule.weight) for variable, rule in entries]
+    rules = [rule for _, rule in entries]
+    matching.require_company(name, members, names)
+    matching.require_fit(name, members, rules)
+    group = Group(name, members, rules[0].template(rules[0].inner), declared=True)
+    _require_start(group, initial)
+    return Plan(group, rules, [rule.inner for rule in rules])
+
+
+def plan(groups: Mapping[str, Group], name: str, members: list[Member], rule: Rule, initial: str) -> Plan:
+    """A group of members that a user named, beside the groups that there are."""
+    if name in groups:
+        raise GroupMismatchError(
+            f"There is a group '{name}' already: {groups[name]!r}. Expected: a new name. Call `untie({name!r})` "
+            "first, or choose another name."
+        )
+    matching.require_company(name, members, groups)
+    rules = [rule] * len(members)
+    matching.require_fit(name, members, rules)
+    if rule.slot == "constraint":
+        matching.require_no_other_hard_group(name, members)
+    inner = binding.inner_for(name, rule, members)
+    moving = [kept for member, kept in zip(members, inner, strict=True) if not member.constant]
+    group = Group(name, members, rule.template(moving[0] if rule.slot == "constraint" else rule.inner))
+    _require_start(group, initial)
+    return Plan(group, rules, inner)
+
+
+def restore(
+    groups: Mapping[str, Group], pending: Sequence[dict[str, Any]], models: Sequence[Any], initial: str
+) -> list[Plan]:
+    """The groups of a registry's config, for models."""
+    weights = [weight for model in models for weight in discovery.weights_of(model)] if pending else []
+    return [
+        plan(groups, entry["name"], persistence.members_of(entry, weights), persistence.rule_of(entry), initial)
+        for entry in pending
+    ]
+
+
+def _require_start(group: Group, initial: str) -> None:
+    """What must hold of the values before a group is made."""
+    if group.projects:
+        group.require_anchors_agree()
+    if group.hard and initial == "strict":
+        matching.require_equal(group)

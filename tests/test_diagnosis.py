@@ -1,0 +1,122 @@
+import gc
+
+import keras
+import numpy as np
+import pytest
+
+import equalize
+from equalize.constraints import Equal
+from equalize.regularizers import MeanL2
+from tests.conftest import BACKEND, kernels, towers
+
+
+def linked(optimizer="sgd", rule=lambda: Equal("towers"), **arguments):
+    model = towers(3, constraint=rule, **arguments)
+    registry = equalize.GroupRegistry().link(model)
+    model.compile(optimizer, "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model, registry
+
+
+def kinds(registry):
+    return [finding.kind for finding in registry.diagnose()]
+
+
+def test_nothing_to_say():
+    model, registry = linked()
+    assert registry.diagnose() == []
+    del model
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        (lambda: keras.optimizers.SGD(use_ema=True), "ema"),
+        (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(use_ema=True)), "ema"),
+        (lambda: keras.optimizers.SGD(global_clipnorm=1.0), "global_clipnorm"),
+    ],
+)
+def test_optimizers_that_treat_members_otherwise_than_a_shared_variable(optimizer, kind):
+    model, registry = linked(optimizer())
+    assert kinds(registry) == [kind]
+    (finding,) = registry.diagnose()
+    assert finding.subject == "towers"
+    assert finding.fix in str(finding)
+    model.compile("sgd", "mse")
+    assert kinds(registry) == []
+
+
+def test_weight_decay_of_some_members():
+    model = towers(3, constraint=lambda: Equal("towers"))
+    registry = equalize.GroupRegistry().link(model)
+    optimizer = keras.optimizers.SGD(weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_list=kernels(model)[:1])
+    model.compile(optimizer, "mse")
+    assert kinds(registry) == ["weight_decay"]
+    optimizer = keras.optimizers.SGD(weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_list=kernels(model))
+    model.compile(optimizer, "mse")
+    assert kinds(registry) == []
+
+
+def test_partial_averaging_under_gradient_accumulation():
+    accumulating = keras.optimizers.SGD(gradient_accumulation_steps=2)
+    model, registry = linked(accumulating, rule=lambda: Equal("towers", rate=0.5))
+    assert kinds(registry) == ["accumulation"]
+    model, registry = linked(keras.optimizers.SGD(gradient_accumulation_steps=2))
+    assert kinds(registry) == []
+    del model
+
+
+def test_unequal_members():
+    model, registry = linked()
+    kernels(model)[0].assign(np.ones((5, 4), "float32"))
+    assert kinds(registry) == ["unequal"]
+    registry.sync()
+    assert kinds(registry) == []
+
+
+def test_a_constraint_that_quantization_dropped():
+    model, registry = linked()
+    layer = model.get_layer("tower_1")
+    layer.quantize("int8")
+    assert "dropped" in kinds(registry)
+    finding = next(finding for finding in registry.diagnose() if finding.kind == "dropped")
+    assert finding.subject == "tower_1"
+
+
+def test_a_rule_that_lora_left_behind():
+    model = towers(2, regularizer=lambda: MeanL2("soft"))
+    registry = equalize.GroupRegistry().link(model)
+    assert kinds(registry) == []
+    kernels(model)[0].regularizer = None
+    assert kinds(registry) == ["dropped"]
+
+
+def test_a_rule_that_was_never_linked():
+    model, registry = linked()
+    kernels(model)[2].constraint = Equal("towers")
+    assert kinds(registry) == ["unlinked"]
+
+
+def test_members_that_an_optimizer_on_jax_does_not_reach():
+    model = towers(3, constraint=lambda: Equal("towers"))
+    registry = equalize.GroupRegistry().link(model)
+    model.compile("sgd", "mse")
+    model.optimizer.build(kernels(model)[:2])
+    assert kinds(registry) == (["optimizers"] if BACKEND == "jax" else [])
+
+
+def test_summary_says_how_many_there_are():
+    model, registry = linked(keras.optimizers.SGD(global_clipnorm=1.0, use_ema=True))
+    lines = []
+    registry.summary(print_fn=lines.append)
+    assert "Findings: 2;" in lines[0]
+    del model
+
+
+def test_a_deleted_model_is_not_diagnosed():
+    registry = linked(keras.optimizers.SGD(use_ema=True))[1]
+    keras.backend.clear_session()
+    gc.collect()
+    assert registry.diagnose() == []
