@@ -76,7 +76,7 @@ def test_penalty_of_two_by_hand(rule, expected):
 def test_value_and_gradients_match_the_reference(rule, reference, members, factor, data):
     frozen = data.draw(st.sets(st.integers(0, len(members) - 1), max_size=len(members) - 1))
     registry, variables = tied(members, rule(factor=factor), frozen)
-    wide = np.float64(members)
+    wide = np.asarray(members, "float64")
     expected = reference(wide, factor)
     slack = 1e-4 * (1.0 + factor * len(members) * np.sum(wide**2))
     by_shares = sum(float(ops.convert_to_numpy(share)) for share in shares(variables))
