@@ -45,13 +45,20 @@ def purged(variable: keras.Variable) -> bool:
     return variable._value is None
 
 
+def is_variable(x: Any) -> bool:
+    """Whether something is a Keras variable; those of layers are no `keras.Variable` in Keras 3.5."""
+    from keras.src.backend import Variable
+
+    return isinstance(x, Variable)
+
+
 def tensor(x: keras.Variable | Tensor) -> Tensor:
     """A variable's value, or a tensor as it is, as a native tensor that gradients flow through."""
     if _BACKEND == "tensorflow":
         import tensorflow as tf
 
         return tf.convert_to_tensor(x)  # `ops.convert_to_tensor` gives a `tf.Variable`, read by every operation again
-    return x.value if isinstance(x, keras.Variable) else x
+    return x.value if is_variable(x) else x
 
 
 def read(variable: keras.Variable) -> Tensor:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import matching, pairing
+from equalize import backend, matching, pairing
 from equalize.binding import rules_on
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.groups import Group
@@ -129,7 +129,7 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
     if not members:
         raise GroupMismatchError(f"Group '{name}' has no members. Expected: at least two.")
     named: list[Any] = [member[0] if isinstance(member, tuple) and member else member for member in members]
-    variables = [member for member in named if isinstance(member, keras.Variable)]
+    variables = [member for member in named if backend.is_variable(member)]
     dtype = keras.backend.standardize_dtype(variables[0].dtype) if variables else None
     return {name: [_member(name, member, dtype) for member in members]}, False
 
@@ -143,7 +143,7 @@ def _member(name: str, member: Any, dtype: str | None) -> Member:
                 f"for instance `(layer.kernel, equalize.views.Transpose())`; received {member!r}."
             )
         member, view = member
-    if isinstance(member, keras.Variable):
+    if backend.is_variable(member):
         return Member(member, view=view)
     native = hasattr(member, "assign") or (hasattr(member, "requires_grad_") and type(member).__name__ == "Parameter")
     if native or not (isinstance(member, np.ndarray) or ops.is_tensor(member)):

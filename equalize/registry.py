@@ -27,6 +27,9 @@ class GroupRegistry(Mapping[str, Group]):
     It is a mapping from a group's name to the `equalize.Group`. It holds variables weakly: when a model is deleted,
     its groups are gone.
 
+    Attributes:
+        monitors: The `equalize.callbacks.TieMonitor`s that look after the groups, as long as they exist.
+
     Example:
     >>> import keras, equalize
     >>> first, second = keras.layers.Dense(4), keras.layers.Dense(4)
@@ -42,7 +45,7 @@ class GroupRegistry(Mapping[str, Group]):
         self._groups: dict[str, Group] = {}
         self._pending: list[dict[str, Any]] = []
         self._models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
-        self._monitors: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.monitors: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def link(self, *models: keras.Model, initial: str = "first") -> "GroupRegistry":
         """Finds the rules in built models, checks the groups that they name, and makes hard groups equal.
@@ -222,7 +225,7 @@ class GroupRegistry(Mapping[str, Group]):
         Returns:
             A list of findings, empty where there is nothing to say. Print one to read it.
         """
-        return findings(list(self.values()), list(self._models), monitored=len(self._monitors) > 0)
+        return findings(list(self.values()), list(self._models), monitored=len(self.monitors) > 0)
 
     def get_config(self) -> dict[str, Any]:
         """The ties made with `tie`, as JSON-serializable data: rules, paths of variables, views and constants.
@@ -273,10 +276,11 @@ class GroupRegistry(Mapping[str, Group]):
         return group
 
     def _selected(self, names: Sequence[str]) -> list[Group]:
-        """The groups of these names, or those below them in a tie of layers; all without a name."""
+        """The groups of these names, or those of a tie of layers that has the name; all without a name."""
         selected = {} if names else dict(self)
         for name in names:
-            below = {key: group for key, group in self.items() if key == name or key.startswith(f"{name}/")}
+            below = {key: group for key, group in self.items() if key.startswith(f"{name}/")}
+            below = {name: self[name]} if name in self else below
             if not below:
                 raise EqualizeError(f"There is no group '{name}'. Expected one of: {list(self)}.")
             selected |= below

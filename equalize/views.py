@@ -291,7 +291,8 @@ class Slice(View):
         return ops.slice_update(like, self.start_indices, common)
 
     def adjoint(self, w: Tensor) -> Tensor:
-        return ops.slice(w, self.start_indices, self.shape)
+        part = zip(self.start_indices, self.shape, strict=True)
+        return w[tuple(slice(start, start + length) for start, length in part)]
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
         ends = [start + length for start, length in zip(self.start_indices, self.shape, strict=True)]

@@ -42,6 +42,9 @@ def test_optimizers_that_treat_members_otherwise_than_a_shared_variable(optimize
     (finding,) = registry.diagnose()
     assert finding.subject == "towers"
     assert finding.fix in str(finding)
+    monitor = equalize.callbacks.TieMonitor(registry)
+    assert kinds(registry) == ([] if kind == "ema" else [kind])
+    del monitor
     model.compile("sgd", "mse")
     assert kinds(registry) == []
 

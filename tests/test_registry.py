@@ -194,7 +194,7 @@ def test_shapes_and_dtypes_that_disagree_name_both():
         model,
         lambda: equalize.GroupRegistry().link(model),
     )
-    one, two = keras.Variable(np.zeros(2, "float32")), keras.Variable(np.zeros(2, "float16"))
+    one, two = (keras.Variable(np.zeros(2), dtype=dtype) for dtype in ("float32", "float16"))
     with pytest.raises(GroupMismatchError, match=r"expected dtype float32.*received float16"):
         equalize.GroupRegistry().tie("g", [one, two], Equal())
     counts = [keras.Variable(np.zeros(2, "int32"), trainable=False) for _ in range(2)]

@@ -1,0 +1,113 @@
+"""Callbacks: what happens to ties around a training run, beyond its steps."""
+
+import warnings
+from typing import Any
+
+import keras
+
+from equalize import rules
+from equalize.errors import NotLinkedError
+from equalize.registry import GroupRegistry
+
+
+class TieMonitor(keras.callbacks.Callback):
+    """Logs how far apart the members of each group are, and makes hard groups equal when training has ended.
+
+    Every epoch the spread of each group goes into the logs as `spread/<name of the group>`, for hard, partial and
+    soft groups alike. `History` and the progress bar show it always. Callbacks see each other's entries in the order
+    of the list, so those that read the spread (`CSVLogger`, `TensorBoard`, `EarlyStopping(monitor="spread/...")`,
+    `ModelCheckpoint(monitor="spread/...")`) must come after the monitor.
+
+    An optimizer with `use_ema=True` averages the weights *before* each projection and writes the averages over the
+    model when `fit` ends: hard ties come out of it broken. The projection is linear, so the mean of the averages is
+    the average of the means, and projecting once more is exact. That is the repair. It takes place when training
+    ends, after Keras wrote the averages; during training nothing is written. A callback that writes weights when
+    training ends (`EarlyStopping(restore_best_weights=True)`) and took them from averages, after `SwapEMAWeights`,
+    must come before the monitor. Files that `ModelCheckpoint` writes of swapped weights hold the averages as they
+    are; link what is loaded from them with `initial="mean"`.
+
+    Partial and soft groups are only logged. A group with an anchor takes the anchor's value.
+
+    Args:
+        registry: The `equalize.GroupRegistry` that the model is linked by.
+        atol: The largest spread at which a hard group counts as equal. 0.0 asks for equal bits.
+        repair: Whether hard groups that are not equal when training ends are made equal, to their mean. If False,
+            a `UserWarning` names them.
+
+    Attributes:
+        broken: The hard groups that were not equal when the last training ended, by name, with the spread that each
+            had then: before the repair, where there was one. Empty where all were equal.
+
+    Raises:
+        TypeError: `registry` is no registry, `atol` no number or `repair` no bool.
+        EqualizeError: `atol` is negative or not finite.
+        NotLinkedError: Training starts and the registry has no group in the model.
+
+    Example:
+    >>> import keras, numpy as np, equalize
+    >>> from equalize.callbacks import TieMonitor
+    >>> inputs = keras.Input((3,))
+    >>> left, right = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Model(inputs, keras.layers.Add()([left(inputs), right(inputs)]))
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("towers", [left.kernel, right.kernel], equalize.constraints.Equal())
+    >>> model.compile(keras.optimizers.SGD(0.1, use_ema=True), "mse")
+    >>> monitor = TieMonitor(registry)
+    >>> history = model.fit(np.ones((4, 3)), np.ones((4, 2)), epochs=2, verbose=0, callbacks=[monitor])
+    >>> history.history["spread/towers"], registry.spread()
+    ([0.0, 0.0], {'towers': 0.0})
+    """
+
+    def __init__(self, registry: GroupRegistry, *, atol: float = 0.0, repair: bool = True):
+        super().__init__()
+        if not isinstance(registry, GroupRegistry):
+            raise TypeError(
+                f"`registry` must be an `equalize.GroupRegistry`. Received: {registry!r} of type {type(registry)}."
+            )
+        if not isinstance(repair, bool):
+            raise TypeError(f"`repair` must be True or False. Received: {repair!r} of type {type(repair)}.")
+        self.registry = registry
+        self.atol = rules.checked_number("atol", atol, low=0.0, high=float("inf"), low_open=False)
+        self.repair = repair
+        self.broken: dict[str, float] = {}
+        registry.monitors.add(self)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self.broken = {}
+        trained = {id(variable) for variable in self.model.variables}
+        members = [member for group in self.registry.values() for member in group.members]
+        if not any(id(member.variable) in trained for member in members):
+            raise NotLinkedError(
+                f"TieMonitor has nothing to watch in the model '{self.model.name}': expected a registry with a group "
+                f"in it, received {self.registry!r}. A model that was loaded or cloned has ties of its own: call "
+                "`registry = equalize.GroupRegistry().link(model)` and give the monitor that registry."
+            )
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is not None:
+            logs.update({f"spread/{name}": spread for name, spread in self._spread().items()})
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        # `fit` calls `optimizer.finalize_variable_values` before this on all backends (Keras 3.5 and 3.15).
+        hard = {name: spread for name, spread in self._spread().items() if self.registry[name].hard}
+        self.broken = {name: spread for name, spread in hard.items() if not spread <= self.atol}
+        if not self.broken:
+            return
+        if self.repair:
+            self.registry.sync("mean", *self.broken)
+            return
+        listed = ", ".join(f"'{name}' (spread {spread:g})" for name, spread in self.broken.items())
+        warnings.warn(
+            f"{len(self.broken)} of {len(hard)} hard groups are not equal at the end of training; expected a spread "
+            f"of at most {self.atol:g}, received: {listed}. Averaging of weights (`use_ema`) does this. Give "
+            'TieMonitor `repair=True`, or call `registry.sync("mean")`, which is exact.',
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _spread(self) -> dict[str, float]:
+        """The spread of every group, of the weights as they are now."""
+        model = self.model
+        if hasattr(model, "jax_state_sync"):
+            model.jax_state_sync()  # during an epoch on JAX the weights are in the compiled step, not in the model
+        return self.registry.spread()

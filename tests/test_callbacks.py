@@ -1,0 +1,305 @@
+"""TieMonitor: the spread in the logs of real `fit`s, and hard ties made equal when training has ended."""
+
+import csv
+import functools
+import warnings
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import pytest
+
+import equalize
+from equalize.callbacks import TieMonitor
+from equalize.constraints import Equal
+from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
+from equalize.regularizers import MeanL2
+from equalize.rules import Rule
+from tests.conftest import EveryStep, bits, bitwise_equal, data, kernels, towers
+
+HARD = functools.partial(Equal, "towers")
+SOFT = functools.partial(MeanL2, "towers", 0.5)
+PARTIAL = functools.partial(Equal, "towers", rate=0.5)
+
+
+def averaging():
+    return keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)
+
+
+def tied(n=2, *, rule: Callable[[], Rule] = HARD, **kwargs):
+    """A model of towers with a tie, and its registry."""
+    model = towers(n, **{rule().slot: rule}, **kwargs)
+    return model, equalize.GroupRegistry().link(model)
+
+
+def train(model, *callbacks, optimizer="sgd", epochs=3, **kwargs):
+    x, y = data()
+    model.compile(optimizer, "mse")
+    return model.fit(x, y, epochs=epochs, batch_size=8, shuffle=False, verbose=0, callbacks=[*callbacks], **kwargs)
+
+
+class Spreads(keras.callbacks.Callback):
+    """Reads every epoch's spread from the registry itself."""
+
+    def __init__(self, registry):
+        super().__init__()
+        self.registry = registry
+        self.seen = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(self.registry.spread()["towers"])
+
+
+@pytest.mark.parametrize("rule", [SOFT, PARTIAL], ids=["soft", "partial"])
+def test_history_shows_the_spread_of_groups_that_are_not_hard(rule):
+    model, registry = tied(3, rule=rule)
+    before = registry.spread()["towers"]
+    spreads = Spreads(registry)
+    history = train(model, TieMonitor(registry), spreads).history
+    assert history["spread/towers"] == spreads.seen
+    assert 0.0 < spreads.seen[-1] < before
+    assert registry.spread()["towers"] == spreads.seen[-1]  # logged only, never repaired
+
+
+def test_history_shows_every_group_under_its_name():
+    model = towers(2, constraint=HARD)
+    registry = equalize.GroupRegistry().link(model)
+    registry.tie("biases", [model.get_layer("tower_0").bias, model.get_layer("tower_1").bias], MeanL2(factor=0.1))
+    history = train(model, TieMonitor(registry)).history
+    assert set(history) == {"loss", "spread/towers", "spread/biases"}
+    assert history["spread/towers"] == [0.0, 0.0, 0.0]
+    assert all(spread > 0.0 for spread in history["spread/biases"])
+
+
+def test_csv_logger_after_the_monitor_writes_the_spread(tmp_path):
+    model, registry = tied(rule=SOFT)
+    file = tmp_path / "log.csv"
+    history = train(model, TieMonitor(registry), keras.callbacks.CSVLogger(str(file))).history
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [float(row["spread/towers"]) for row in rows] == history["spread/towers"]
+
+
+def test_the_progress_bar_shows_the_spread(capsys):
+    model, registry = tied(rule=SOFT)
+    model.compile("sgd", "mse")
+    model.fit(*data(), epochs=1, verbose=2, callbacks=[TieMonitor(registry)])
+    assert "spread/towers" in capsys.readouterr().out
+
+
+def test_early_stopping_can_watch_the_spread():
+    model, registry = tied(rule=SOFT)
+    stop = keras.callbacks.EarlyStopping(monitor="spread/towers", mode="max")  # the spread of a soft tie falls
+    history = train(model, TieMonitor(registry), stop, epochs=9).history
+    assert len(history["spread/towers"]) == 2
+    assert stop.best == history["spread/towers"][0]
+
+
+def test_the_spread_is_logged_beside_validation_metrics():
+    model, registry = tied(rule=SOFT)
+    history = train(model, TieMonitor(registry), validation_data=data(seed=1)).history
+    assert set(history) == {"loss", "val_loss", "spread/towers"}
+
+
+def test_the_monitor_changes_no_number_of_a_run_that_stays_equal():
+    x, y = data()
+    weights = []
+    for callbacks in ([], ["monitor"]):
+        keras.utils.set_random_seed(3)
+        model, registry = tied(3)
+        model.compile("adam", "mse")
+        model.fit(x, y, epochs=2, batch_size=8, verbose=0, callbacks=[TieMonitor(registry) for _ in callbacks])
+        weights.append([bits(variable) for variable in model.variables])
+    assert weights[0] == weights[1]
+
+
+def test_averaging_breaks_a_hard_tie_without_the_monitor():
+    model, registry = tied()
+    train(model, EveryStep(registry), optimizer=averaging())
+    with pytest.raises(TieBrokenError, match="'towers': spread"):
+        registry.check()
+
+
+@pytest.mark.parametrize("overwrite", [None, 3])
+def test_averaging_ends_in_the_mean_of_the_averages_with_the_monitor(overwrite):
+    model, registry = tied()
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=overwrite)
+    monitor = TieMonitor(registry)
+    train(model, EveryStep(registry), monitor, optimizer=optimizer)
+    registry.check()
+    order = [variable.path for variable in model.trainable_variables]
+    left, right = (
+        keras.ops.convert_to_numpy(optimizer._model_variables_moving_average[order.index(kernel.path)])
+        for kernel in kernels(model)
+    )
+    assert not np.array_equal(left, right)
+    assert monitor.broken == {"towers": float(np.max(np.abs(left.astype("float64") - right)))}
+    for kernel in kernels(model):
+        assert bits(kernel) == ((left + right) / 2).tobytes()
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_the_repair_is_what_sync_to_the_mean_gives(n):
+    results = []
+    for monitored in (False, True):
+        keras.utils.set_random_seed(5)
+        model, registry = tied(n)
+        train(model, *([TieMonitor(registry)] if monitored else []), optimizer=averaging())
+        if not monitored:
+            registry.sync("mean")
+        assert bitwise_equal(*kernels(model))
+        results.append([bits(variable) for variable in model.variables])
+    assert results[0] == results[1]
+
+
+def test_a_repaired_model_trains_on_equal_and_forgets_what_was_broken():
+    model, registry = tied()
+    monitor = TieMonitor(registry)
+    train(model, monitor, optimizer=averaging())
+    assert list(monitor.broken) == ["towers"]
+    train(model, EveryStep(registry), monitor, optimizer="sgd")
+    assert monitor.broken == {}
+    registry.check()
+
+
+def test_the_repair_leaves_soft_groups_and_equal_hard_groups_alone():
+    model = towers(2, regularizer=SOFT)
+    registry = equalize.GroupRegistry().link(model)
+    biases = [model.get_layer(f"tower_{i}").bias for i in range(2)]
+    registry.tie("towers/biases", biases, Equal())
+    outside = [keras.Variable([value, value], name=f"outside_{value}") for value in (1.0, 1.0)]
+    registry.tie("outside", outside, Equal())
+    monitor = TieMonitor(registry)
+    history = train(model, monitor, optimizer=averaging()).history
+    assert list(monitor.broken) == ["towers/biases"]
+    assert bitwise_equal(*biases)
+    assert not bitwise_equal(*kernels(model))
+    assert history["spread/outside"] == [0.0, 0.0, 0.0]
+
+
+def test_the_repair_of_a_group_leaves_a_soft_group_below_its_name_alone():
+    model = towers(2, constraint=HARD)
+    registry = equalize.GroupRegistry().link(model)
+    biases = [model.get_layer(f"tower_{i}").bias for i in range(2)]
+    registry.tie("towers/biases", biases, MeanL2(factor=0.01))
+    train(model, TieMonitor(registry), optimizer=averaging())
+    assert bitwise_equal(*kernels(model))
+    assert not bitwise_equal(*biases)
+
+
+def test_the_repair_keeps_the_inner_constraint():
+    model, registry = tied(rule=functools.partial(Equal, "towers", inner="non_neg"))
+    train(model, TieMonitor(registry), optimizer=averaging())
+    registry.check()
+    assert np.all(keras.ops.convert_to_numpy(kernels(model)[0].value) >= 0.0)
+
+
+def test_a_frozen_member_prevails_over_averages():
+    model, registry = tied(3, frozen=[1])
+    anchor = bits(kernels(model)[1])
+    train(model, TieMonitor(registry), optimizer=averaging())
+    assert [bits(kernel) for kernel in kernels(model)] == [anchor] * 3
+
+
+def test_without_repair_a_warning_names_the_groups_and_the_fix_and_the_weights_stay():
+    model, registry = tied()
+    monitor = TieMonitor(registry, repair=False)
+    with pytest.warns(UserWarning, match=r"1 of 1 hard groups .* 'towers' \(spread .*repair=True") as caught:
+        train(model, monitor, optimizer=averaging())
+    assert sum("hard groups" in str(warning.message) for warning in caught) == 1
+    assert monitor.broken == registry.spread()
+    assert not bitwise_equal(*kernels(model))
+
+
+def test_without_repair_a_run_that_stays_equal_warns_of_nothing():
+    model, registry = tied()
+    monitor = TieMonitor(registry, repair=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(model, monitor)
+    assert monitor.broken == {}
+
+
+def test_a_spread_within_atol_is_neither_repaired_nor_warned_of():
+    model, registry = tied()
+    for repair in (True, False):
+        monitor = TieMonitor(registry, atol=100.0, repair=repair)
+        train(model, monitor, optimizer=averaging())
+        assert monitor.broken == {}
+        assert 0.0 < registry.spread()["towers"] <= 100.0
+
+
+@pytest.mark.parametrize("on_epoch", [False, True])
+@pytest.mark.parametrize("monitor_first", [False, True])
+def test_swapped_averages_end_equal_and_the_monitor_changes_nothing_while_training(on_epoch, monitor_first):
+    results = []
+    for monitored in (False, True):
+        keras.utils.set_random_seed(5)
+        model, registry = tied()
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)
+        monitor = TieMonitor(registry)
+        callbacks = [swap, *([monitor] if monitored else [])]
+        callbacks = callbacks[::-1] if monitor_first else callbacks
+        history = train(model, *callbacks, optimizer=averaging(), validation_data=data(seed=1)).history
+        if not monitored:
+            registry.sync("mean")
+        results.append((history["loss"], history["val_loss"], [bits(variable) for variable in model.variables]))
+    assert results[0] == results[1]
+    assert registry.spread() == {"towers": 0.0}
+    swapped_in = on_epoch and not monitor_first
+    # On TensorFlow Keras swaps by adding and subtracting, which rounds until the next step.
+    assert all((spread > 1e-4) == swapped_in for spread in history["spread/towers"])
+
+
+def test_weights_that_are_restored_at_the_end_are_repaired_by_a_monitor_that_comes_after():
+    model, registry = tied()
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    best = keras.callbacks.EarlyStopping(monitor="loss", patience=9, restore_best_weights=True)
+    monitor = TieMonitor(registry)
+    train(model, swap, best, monitor, optimizer=averaging())
+    assert list(monitor.broken) == ["towers"]
+    registry.check()
+
+
+def test_logs_may_be_missing_in_a_loop_of_ones_own():
+    model, registry = tied(rule=SOFT)
+    monitor = TieMonitor(registry)
+    monitor.set_model(model)
+    logs = {}
+    monitor.on_train_begin()
+    monitor.on_epoch_end(0)
+    monitor.on_epoch_end(1, logs)
+    monitor.on_train_end()
+    assert logs == {"spread/towers": registry.spread()["towers"]}
+    assert monitor.broken == {}
+
+
+def test_a_registry_of_another_model_is_an_error_when_training_starts():
+    (model, _), (_other, registry) = tied(), tied()
+    with pytest.raises(NotLinkedError, match=r"nothing to watch in the model .*link\(model\)"):
+        train(model, TieMonitor(registry))
+
+
+def test_an_empty_registry_is_an_error_when_training_starts():
+    with pytest.raises(NotLinkedError, match="received <GroupRegistry: no groups>"):
+        train(towers(2), TieMonitor(equalize.GroupRegistry()))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"registry": {"towers": 1}}, TypeError, "`registry` must be an `equalize.GroupRegistry`"),
+        ({"registry": None}, TypeError, "`registry` must be"),
+        ({"atol": -1e-3}, EqualizeError, r"`atol` must be a finite number in \[0, inf\)"),
+        ({"atol": float("nan")}, EqualizeError, "`atol` must be a finite number"),
+        ({"atol": float("inf")}, EqualizeError, "`atol` must be a finite number"),
+        ({"atol": "0.1"}, TypeError, "`atol` must be a number"),
+        ({"atol": True}, TypeError, "`atol` must be a number"),
+        ({"repair": "no"}, TypeError, "`repair` must be True or False"),
+        ({"repair": 1}, TypeError, "`repair` must be True or False"),
+    ],
+)
+def test_wrong_arguments_are_refused(kwargs, error, match):
+    registry = kwargs.pop("registry", equalize.GroupRegistry())
+    with pytest.raises(error, match=match):
+        TieMonitor(registry, **kwargs)
