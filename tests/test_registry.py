@@ -197,7 +197,7 @@ def test_shapes_and_dtypes_that_disagree_name_both():
     one, two = (keras.Variable(np.zeros(2), dtype=dtype) for dtype in ("float32", "float16"))
     with pytest.raises(GroupMismatchError, match=r"expected dtype float32.*received float16"):
         equalize.GroupRegistry().tie("g", [one, two], Equal())
-    counts = [keras.Variable(np.zeros(2, "int32"), trainable=False) for _ in range(2)]
+    counts = [keras.Variable(np.zeros(2), dtype="int32", trainable=False) for _ in range(2)]
     with pytest.raises(GroupMismatchError, match="floating dtype"):
         equalize.GroupRegistry().tie("g", counts, Equal())
 

@@ -1,13 +1,16 @@
 """The laws of hard and partial ties through real `fit`, with the members compared bit for bit after every step."""
 
+import functools
+import itertools
+
 import keras
 import numpy as np
 import pytest
-from tests.conftest import BACKEND, bits, bitwise_equal, data, fit, kernels, towers
 from keras import ops
 
 import equalize
 from equalize.constraints import Equal
+from tests.conftest import BACKEND, bits, bitwise_equal, data, fit, kernels, towers
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -22,7 +25,7 @@ MODES = {
     "jax": {"jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
     "torch": {"eager": {"jit_compile": False}},
 }[BACKEND]
-QUICK = next(iter(MODES.values()))
+QUICK = next(iter(MODES))
 
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(0.01),
@@ -58,60 +61,84 @@ class Recorder(keras.callbacks.Callback):
         return np.stack([ops.convert_to_numpy(variable.value) for variable in self.variables])
 
 
-class AtStep(keras.callbacks.Callback):
+class AfterStep(keras.callbacks.Callback):
     """Calls a function after one step of the training."""
 
     def __init__(self, step, function):
         super().__init__()
-        self.step, self.function, self.steps = step, function, 0
+        self.step, self.function = step, function
 
     def on_train_batch_end(self, batch, logs=None):
-        self.steps += 1
-        if self.steps == self.step:
+        if batch == self.step:
+            if BACKEND == "jax":
+                self.model.jax_state_sync()
             self.function()
 
 
-def tied_towers(n=3, *, rate=1.0, name="towers", **kwargs):
-    model = towers(n, constraint=lambda: Equal(name, rate=rate), **kwargs)
+def tied_towers(n=3, *, rate=1.0, **kwargs):
+    model = towers(n, constraint=lambda: Equal("towers", rate=rate), **kwargs)
+    if len(kwargs.get("frozen", ())) > 1:
+        start_from(*kernels(model))  # frozen members must agree
     return model, equalize.GroupRegistry().link(model)
 
 
-def towers_of(model):
-    return [layer for layer in model.layers if layer.name.startswith("tower_")]
+def tower(model, i):
+    return model.get_layer(f"tower_{i}")
 
 
-def trained(model, registry, twins=None, **kwargs):
+def biases(model, n=3):
+    return [tower(model, i).bias for i in range(n)]
+
+
+def train(model, registry, *, mode=QUICK, **kwargs):
+    return fit(model, registry, **MODES[mode] | kwargs)
+
+
+def train_apart(model, registry, twins, **kwargs):
     """Trains, and makes sure that there was something to keep equal.
 
-    All members must have moved and be finite. The twins, untied variables beside the members that started equal
-    (the biases of the towers, unless others are given), must have come apart: the gradients did differ.
+    All members must have moved and be finite. The twins, untied variables beside the members that started equal,
+    must have come apart, since the members got different gradients.
     """
     members = [member.variable for group in registry.values() for member in group.members]
-    assert members
     before = [bits(variable) for variable in members]
-    watch = fit(model, registry, **({} if "run_eagerly" in kwargs else QUICK) | kwargs)
+    assert members
+    assert bitwise_equal(*twins)
+    watch = train(model, registry, **kwargs)
+    assert not bitwise_equal(*twins)
     assert all(bits(variable) != old for variable, old in zip(members, before, strict=True))
     assert all(np.isfinite(ops.convert_to_numpy(ops.cast(variable.value, "float32"))).all() for variable in members)
-    twins = [layer.bias for layer in towers_of(model)] if twins is None else twins
-    assert len({bits(variable) for variable in twins}) == len(twins) > 1
     return watch
 
 
-def start_from(variables, seed=0):
-    """The same value for all, which no initializer of a layer has a say in."""
+def train_recorded(model, variables, optimizer, *, x=None, y=None, epochs=1, callbacks=(), **compile_args):
+    """What the variables held before training and after every step, an array of shape (steps + 1, variables, ...)."""
+    if x is None:
+        x, y = data()
+    model.compile(optimizer, "mse", **(compile_args or MODES[QUICK]))
+    recorder = Recorder(variables)
+    model.fit(x, y, epochs=epochs, batch_size=8, verbose=0, shuffle=False, callbacks=[*callbacks, recorder])
+    return np.stack(recorder.values)
+
+
+def equal_throughout(values):
+    return all(len({value.tobytes() for value in step}) == 1 for step in values)
+
+
+def moving_steps(values):
+    steps = enumerate(itertools.pairwise(values), 1)
+    return [number for number, (before, after) in steps if before.tobytes() != after.tobytes()]
+
+
+def start_from(*variables, seed=0):
+    """One value for all, which no initializer of a layer has a say in."""
     value = np.random.default_rng(seed).normal(size=tuple(variables[0].shape), scale=0.5).astype("float32")
     for variable in variables:
         variable.assign(value)
 
 
-def run_recorded(model, variables, *, optimizer, x=None, y=None, epochs=1, loss="mse", **compile_args):
-    """What the variables held before training and after every step, an array of shape (steps + 1, variables, ...)."""
-    if x is None:
-        x, y = data()
-    model.compile(optimizer, loss, **({} if "run_eagerly" in compile_args else QUICK) | compile_args)
-    recorder = Recorder(variables)
-    model.fit(x, y, epochs=epochs, batch_size=8, verbose=0, shuffle=False, callbacks=[recorder])
-    return np.stack(recorder.values)
+def headed(entrance, outputs):
+    return keras.Model(entrance, keras.layers.Dense(1, name="head")(keras.layers.Concatenate()(outputs)))
 
 
 # ---- every optimizer, dtype and way to run a step
@@ -122,157 +149,145 @@ def test_members_are_bitwise_equal_after_every_step_of_each_optimizer(optimizer)
     if optimizer == "muon" and not hasattr(keras.optimizers, "Muon"):
         pytest.skip("this version of Keras has no Muon")
     model, registry = tied_towers()
-    trained(model, registry, optimizer=OPTIMIZERS[optimizer]())
+    train_apart(model, registry, biases(model), optimizer=OPTIMIZERS[optimizer]())
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("n", [2, 5])
-def test_members_are_bitwise_equal_in_each_way_to_run_a_step(mode, n):
+@pytest.mark.parametrize(("n", "mode"), [(2, QUICK), (7, QUICK), *((3, mode) for mode in MODES if mode != QUICK)])
+def test_members_are_bitwise_equal_in_each_way_to_run_a_step(n, mode):
     model, registry = tied_towers(n)
-    trained(model, registry, optimizer=keras.optimizers.Adam(0.01), **mode)
+    train_apart(model, registry, biases(model, n), mode=mode)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no `steps_per_execution` there")
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
+def test_members_are_bitwise_equal_when_several_steps_are_run_at_once(mode):
+    model, registry = tied_towers()
+    train_apart(model, registry, biases(model), mode=mode, steps_per_execution=2)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
+def test_members_are_bitwise_equal_under_torch_compile(monkeypatch):
+    # Dynamo traces the step as ever; generating C++ from the trace would take a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model, registry = tied_towers(2)
+    train_apart(model, registry, biases(model, 2), epochs=1, optimizer="sgd", jit_compile=True)
 
 
 @pytest.fixture
-def policy():
+def set_policy():
     before = keras.config.dtype_policy()
     yield keras.config.set_dtype_policy
     keras.config.set_dtype_policy(before)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=no_torch_compile)])
-def test_members_are_bitwise_equal_in_half_and_mixed_precision(policy, name, jit):
-    policy(name)
+@pytest.mark.parametrize("policy", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
+def test_members_are_bitwise_equal_in_half_and_mixed_precision(set_policy, policy):
+    set_policy(policy)
     model, registry = tied_towers()
-    trained(model, registry, optimizer=keras.optimizers.Adam(0.01, epsilon=1e-3), jit_compile=jit)
+    # In bfloat16, Keras's Adam does not move: its bias correction rounds to zero.
+    optimizer = OPTIMIZERS["adam" if "mixed" in policy else "momentum"]()
+    train_apart(model, registry, biases(model), optimizer=optimizer)
     dtype = keras.backend.standardize_dtype(kernels(model)[0].dtype)
-    assert dtype == ("float32" if "mixed" in name else name)
-    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (name == "mixed_float16")
+    assert dtype == ("float32" if "mixed" in policy else policy)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_loss_scaling_skips_changes_nothing(mode):
-    model, registry = tied_towers()
-    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=2.0**127)
+    model, _ = tied_towers()
     x, y = data()
-    recorder = Recorder(kernels(model))
-    model.compile(scaled, "mse", **mode)
-    y[:8] = 1e3  # so that the first gradients overflow and the second do not
-    model.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=[recorder])
-    equal = [len({value.tobytes() for value in step}) == 1 for step in recorder.values]
-    moved = [bool((after != before).any()) for before, after in zip(recorder.values, recorder.values[1:], strict=False)]
-    assert all(equal)
-    assert not moved[0]
-    assert any(moved)
+    y[:8] = 1e3  # the gradients of the first step overflow, those of a later one do not
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=2.0**127)
+    values = train_recorded(model, kernels(model), scaled, x=x, y=y, **MODES[mode])
+    assert equal_throughout(values)
+    assert moving_steps(values)
+    assert 1 not in moving_steps(values)
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
-@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
-def test_gradient_accumulation_moves_members_only_when_it_updates(mode, optimizer):
-    model, registry = tied_towers(7, dtype="float32")  # a plain mean of 7 moves half of the entries of equal members
+@pytest.mark.parametrize(("optimizer", "mode"), [("momentum", QUICK), *(("adam", mode) for mode in MODES)])
+def test_gradient_accumulation_moves_members_only_when_it_updates(optimizer, mode):
+    model, _ = tied_towers()  # a plain sum of equal members, divided by 3, moves some of their entries
     accumulating = OPTIMIZERS[optimizer]()
     accumulating.gradient_accumulation_steps = 3
-    recorder = Recorder(kernels(model))
     x, y = data(64)
-    model.compile(accumulating, "mse", **mode)
-    model.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=[recorder])
-    assert all(len({value.tobytes() for value in step}) == 1 for step in recorder.values)
-    steps = zip(recorder.values, recorder.values[1:], strict=False)
-    moved = [number for number, (before, after) in enumerate(steps, 1) if before.tobytes() != after.tobytes()]
-    assert moved == [3, 6]
-    assert len({bits(layer.bias) for layer in towers_of(model)}) == 7
+    values = train_recorded(model, kernels(model), accumulating, x=x, y=y, **MODES[mode])
+    assert equal_throughout(values)
+    assert moving_steps(values) == [3, 6]
+    assert not bitwise_equal(*biases(model))
 
 
-def test_an_average_of_weights_breaks_the_tie_at_the_end_and_projecting_mends_it_exactly():
+def test_projecting_mends_the_tie_that_an_average_of_weights_breaks_when_fit_ends():
     model, registry = tied_towers()
-    optimizer = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
-    trained(model, equalize.GroupRegistry(), optimizer=optimizer) if False else fit(
-        model, registry, optimizer=optimizer, **QUICK
-    )
+    train(model, registry, optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
     averages = np.stack([ops.convert_to_numpy(kernel.value) for kernel in kernels(model)])
     assert registry.spread()["towers"] > 1e-3
     registry.project()
     assert bitwise_equal(*kernels(model))
-    np.testing.assert_allclose(ops.convert_to_numpy(kernels(model)[0].value), averages.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(ops.convert_to_numpy(kernels(model)[0].value), averages.mean(0), rtol=1e-5, atol=1e-7)
 
 
 # ---- every kind of layer
 
 
-def dense_on(*branches):
-    joined = keras.layers.Concatenate()(list(branches))
-    return keras.layers.Dense(1, name="head")(joined)
-
-
 def convolutions():
     entrance = keras.Input((5, 5, 1))
     layers = [keras.layers.Conv2D(2, 3, kernel_constraint=Equal("conv")) for _ in range(2)]
-    pooled = [keras.layers.GlobalMaxPooling2D()(layer(entrance)) for layer in layers]
-    return keras.Model(entrance, dense_on(*pooled)), None, (5, 5, 1)
+    return headed(entrance, [keras.layers.GlobalMaxPooling2D()(layer(entrance)) for layer in layers]), None
 
 
-def recurrent():
+def recurrences():
     entrance = keras.Input((3, 2))
-    layers = [
-        keras.layers.LSTM(2, kernel_constraint=Equal("kernel"), recurrent_constraint=Equal("recurrent"))
-        for _ in range(2)
-    ]
-    return keras.Model(entrance, dense_on(*[layer(entrance) for layer in layers])), None, (3, 2)
+    constraints = {"kernel_constraint": Equal("kernel"), "recurrent_constraint": Equal("recurrent")}
+    return headed(entrance, [keras.layers.LSTM(2, **constraints)(entrance) for _ in range(2)]), None
 
 
-def attention():
+def attentions():
     entrance = keras.Input((3, 4))
     layers = [keras.layers.MultiHeadAttention(2, 2, use_bias=False) for _ in range(2)]
-    outputs = [keras.layers.Flatten()(layer(entrance, entrance)) for layer in layers]
-    return keras.Model(entrance, dense_on(*outputs)), layers, (3, 4)
+    return headed(entrance, [keras.layers.Flatten()(layer(entrance, entrance)) for layer in layers]), layers
 
 
-def normalization():
+def normalizations():
     entrance = keras.Input((4,))
     layers = [keras.layers.BatchNormalization(gamma_constraint=Equal("gamma")) for _ in range(2)]
-    outputs = [keras.layers.Activation("tanh")(layer(entrance)) for layer in layers]
-    return keras.Model(entrance, dense_on(*outputs)), None, (4,)
+    return headed(entrance, [keras.layers.Activation("tanh")(layer(entrance)) for layer in layers]), None
 
 
 def embeddings():
     entrance = keras.Input((2,), dtype="int32")
     layers = [keras.layers.Embedding(6, 3, embeddings_constraint=Equal("words")) for _ in range(2)]
-    outputs = [keras.layers.Flatten()(layer(entrance)) for layer in layers]
-    return keras.Model(entrance, dense_on(*outputs)), None, (2,)
+    return headed(entrance, [keras.layers.Flatten()(layer(entrance)) for layer in layers]), None
 
 
-@pytest.mark.parametrize("build", [convolutions, recurrent, attention, normalization, embeddings])
+@pytest.mark.parametrize("build", [convolutions, recurrences, attentions, normalizations, embeddings])
 def test_layers_of_every_kind_stay_tied_until_they_are_untied(build):
-    model, layers, shape = build()
+    model, layers = build()
     registry = equalize.GroupRegistry()
     registry.tie("tied", layers, Equal()) if layers else registry.link(model)
+    groups = [[member.variable for member in group.members] for group in registry.values()]
+    assert len(groups) == {attentions: 4, recurrences: 2}.get(build, 1)
     random = np.random.default_rng(0)
-    x = random.integers(0, 6, (16, *shape)) if build is embeddings else random.normal(size=(16, *shape))
+    x = random.integers(0, 6, (16, *model.input_shape[1:])).astype(model.input.dtype)
     y = random.normal(size=(16, 1))
-    members = {name: [member.variable for member in group.members] for name, group in registry.items()}
-    assert members
-    before = {name: bits(group[0]) for name, group in members.items()}
-    fit(model, registry, x=x, y=y, optimizer=OPTIMIZERS["adam"](), **QUICK)
-    assert all(bits(group[0]) != before[name] for name, group in members.items())
+    before = [bits(members[0]) for members in groups]
+    train(model, registry, x=x, y=y)
+    assert all(bits(members[0]) != old for members, old in zip(groups, before, strict=True))
     registry.untie()
-    fit(model, x=x, y=y, epochs=1, optimizer=OPTIMIZERS["adam"](), run_eagerly=True)
-    assert not any(bitwise_equal(*group) for group in members.values())
+    train(model, x=x, y=y, registry=None, epochs=1)
+    assert not any(bitwise_equal(*members) for members in groups)
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
-@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
-def test_a_row_that_one_embedding_looked_up_moves_in_all_and_a_row_that_none_did_stays(mode, optimizer):
+@pytest.mark.parametrize(("optimizer", "mode"), [("adam", QUICK), *(("momentum", mode) for mode in MODES)])
+def test_a_row_that_one_embedding_looked_up_moves_in_all_and_a_row_that_none_did_stays(optimizer, mode):
     entrances = [keras.Input((2,), dtype="int32") for _ in range(2)]
     layers = [keras.layers.Embedding(6, 3, embeddings_constraint=Equal("words")) for _ in range(2)]
-    branches = [
-        keras.layers.Flatten()(layer(entrance)) for layer, entrance in zip(layers, entrances, strict=True)
-    ]
-    model = keras.Model(entrances, dense_on(*branches))
+    rows = [layer(entrance) for layer, entrance in zip(layers, entrances, strict=True)]
+    model = headed(entrances, [keras.layers.Flatten()(row) for row in rows])
     registry = equalize.GroupRegistry().link(model)
     before = ops.convert_to_numpy(layers[0].embeddings.value)
     random = np.random.default_rng(0)
     x = [random.integers(0, 2, (16, 2)), random.integers(3, 5, (16, 2))]
-    fit(model, registry, x=x, y=random.normal(size=(16, 1)), optimizer=OPTIMIZERS[optimizer](), **mode)
+    train(model, registry, mode=mode, x=x, y=random.normal(size=(16, 1)), optimizer=OPTIMIZERS[optimizer]())
     moved = (ops.convert_to_numpy(layers[1].embeddings.value) != before).any(axis=1)
     assert moved.tolist() == [True, True, False, True, True, False]
 
@@ -280,28 +295,28 @@ def test_a_row_that_one_embedding_looked_up_moves_in_all_and_a_row_that_none_did
 # ---- who gets a gradient
 
 
-def partly_connected(connected, n=3):
-    """Towers of which only some get a gradient."""
-    entrance = keras.Input((5,))
-    layers = [
-        keras.layers.Dense(4, activation="tanh", kernel_constraint=Equal("towers"), name=f"tower_{i}") for i in range(n)
-    ]
-    outputs = [layer(entrance) for layer in layers]
-    outputs = [output if i in connected else ops.stop_gradient(output) for i, output in enumerate(outputs)]
-    model = keras.Model(entrance, dense_on(*outputs))
-    return model, equalize.GroupRegistry().link(model)
+class Blocked(keras.layers.Layer):
+    def call(self, x):
+        return ops.stop_gradient(x)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
-@pytest.mark.parametrize("mode", MODES[:3])
-@pytest.mark.parametrize("connected", [(1, 2), (0, 2), (0, 1), (1,)], ids=str)
+@pytest.mark.parametrize(
+    ("connected", "mode"),
+    [((1, 2), QUICK), ((0, 1), QUICK), ((1,), QUICK), *(((0, 2), mode) for mode in MODES)],
+    ids=str,
+)
 def test_members_without_a_gradient_follow_the_others(connected, mode):
-    model, registry = partly_connected(connected)
-    before = bits(kernels(model)[0])
-    fit(model, registry, epochs=1, optimizer=OPTIMIZERS["momentum"](), **mode)
-    assert bits(kernels(model)[0]) != before
-    biases = [layer.bias for layer in towers_of(model)]
-    assert [i for i, bias in enumerate(biases) if np.any(ops.convert_to_numpy(bias.value))] == list(connected)
+    entrance = keras.Input((5,))
+    layers = [keras.layers.Dense(4, activation="tanh", kernel_constraint=Equal("towers")) for _ in range(3)]
+    gates = [keras.layers.Identity() if i in connected else Blocked() for i in range(3)]
+    model = headed(entrance, [gate(layer(entrance)) for gate, layer in zip(gates, layers, strict=True)])
+    registry = equalize.GroupRegistry().link(model)
+    assert [member.variable for member in registry["towers"].members] == [layer.kernel for layer in layers]
+    before = bits(layers[0].kernel)
+    train(model, registry, mode=mode, epochs=1, optimizer=OPTIMIZERS["momentum"]())
+    assert bits(layers[0].kernel) != before
+    assert [i for i, layer in enumerate(layers) if ops.convert_to_numpy(layer.bias.value).any()] == list(connected)
 
 
 class TwoOptimizers(keras.Model):
@@ -311,7 +326,7 @@ class TwoOptimizers(keras.Model):
         self.second = second
         self.part = {id(variable) for variable in part}
         second.build(part)
-        self.optimizer.build([v for v in self.trainable_variables if id(v) not in self.part])
+        self.optimizer.build([variable for variable in self.trainable_variables if id(variable) not in self.part])
 
     @property
     def non_trainable_variables(self):
@@ -342,7 +357,7 @@ class TwoOptimizers(keras.Model):
         return {"loss": loss}
 
     def train_step_on_jax(self, state, batch):
-        trainable, others, optimizer, metrics = state
+        trainable, others, _, metrics = state
         x, y = batch
 
         def loss_of(trainable):
@@ -353,62 +368,71 @@ class TwoOptimizers(keras.Model):
         mapping = [pair for group in zip(places, state[:3], strict=True) for pair in zip(*group, strict=True)]
         with keras.StatelessScope(state_mapping=mapping) as scope:
             self.apply_both(gradients)
-        trainable, others, optimizer = [[scope.get_current_value(v) for v in variables] for variables in places]
-        return {"loss": loss}, (trainable, others, optimizer, metrics)
+        return {"loss": loss}, (*([scope.get_current_value(v) for v in place] for place in places), metrics)
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
-@pytest.mark.parametrize("part", [(0,), (1, 2)], ids=str)
+@pytest.mark.parametrize(("part", "mode"), [((1, 2), QUICK), *(((0,), mode) for mode in MODES)], ids=str)
 def test_two_optimizers_in_one_step_may_each_train_a_part_of_a_group(part, mode):
     plain, _ = tied_towers()
-    model = TwoOptimizers(plain.inputs, plain.outputs)
-    registry = equalize.GroupRegistry().link(plain)
-    model.compile(OPTIMIZERS["adam"](), **mode)
+    model = TwoOptimizers(plain.input, plain.output)
+    model.compile(OPTIMIZERS["adam"](), **MODES[mode])
     model.use(OPTIMIZERS["momentum"](), [kernels(model)[i] for i in part])
     recorder = Recorder(kernels(model))
     x, y = data()
     model.fit(x, y, epochs=2, batch_size=8, verbose=0, shuffle=False, callbacks=[recorder])
-    assert all(len({value.tobytes() for value in step}) == 1 for step in recorder.values)
-    assert len({step.tobytes() for step in recorder.values}) == 9
-    assert [int(o.iterations.numpy()) for o in (model.optimizer, model.second)] == [8, 8]
-    assert registry.spread() == {"towers": 0.0}
+    assert equal_throughout(recorder.values)
+    assert moving_steps(recorder.values) == list(range(1, 9))
+    assert [int(ops.convert_to_numpy(o.iterations.value)) for o in (model.optimizer, model.second)] == [8, 8]
 
 
 @pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this version of Keras has none")
-def test_one_optimizer_made_of_two_may_train_each_a_part_of_a_group():
+def test_an_optimizer_made_of_two_may_train_a_part_of_a_group_with_each():
     model, registry = tied_towers()
     second = OPTIMIZERS["momentum"]()
-    both = keras.optimizers.MultiOptimizer(
-        keras.optimizers.OptimizerMap(OPTIMIZERS["adam"](), {"tower_1/kernel": second})
-    )
-    trained(model, registry, optimizer=both)
-    assert int(second.iterations.numpy()) == 8
+    both = keras.optimizers.OptimizerMap(OPTIMIZERS["adam"](), {"tower_1/kernel": second})
+    train_apart(model, registry, biases(model), optimizer=keras.optimizers.MultiOptimizer(both))
+    assert int(ops.convert_to_numpy(second.iterations.value)) == 8
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="an optimizer loses writes to other variables on JAX only")
-def test_an_optimizer_that_would_lose_the_write_to_another_member_raises_and_changes_nothing():
+@pytest.mark.skipif(BACKEND != "jax", reason="an optimizer loses writes to variables of others on JAX only")
+def test_an_optimizer_that_would_lose_the_write_to_a_member_raises_and_changes_nothing():
     model, _ = tied_towers()
     part = kernels(model)[:2]
     optimizer = OPTIMIZERS["adam"]()
     optimizer.build(part)
     values = [variable.value for variable in part]
-    before = [bits(kernel) for kernel in kernels(model)]
-    with pytest.raises(equalize.errors.EqualizeError, match=r"'towers' cannot reach.*tower_2(.|\n)*StatelessScope"):
+    before = [bits(variable) for variable in (*kernels(model), *optimizer.variables)]
+    with pytest.raises(
+        equalize.errors.EqualizeError, match=r"cannot reach its member 'tower_2/kernel'.*StatelessScope"
+    ):
         optimizer.stateless_apply([variable.value for variable in optimizer.variables], values, values)
-    assert [bits(kernel) for kernel in kernels(model)] == before
+    assert [bits(variable) for variable in (*kernels(model), *optimizer.variables)] == before
+
+
+def test_a_group_over_two_models_follows_the_one_that_trains_or_says_that_it_cannot():
+    models = [towers(1, constraint=lambda: Equal("towers")) for _ in range(2)]
+    registry = equalize.GroupRegistry().link(*models)
+    before = bits(kernels(models[1])[0])
+    if BACKEND == "jax":
+        with pytest.raises(equalize.errors.EqualizeError, match=r"'towers' cannot reach .*StatelessScope"):
+            train(models[0], registry)
+    else:
+        train(models[0], registry)
+        assert bits(kernels(models[1])[0]) != before
 
 
 def test_the_same_model_trains_again_with_and_without_compiling_anew():
     model, registry = tied_towers()
-    trained(model, registry, epochs=1, optimizer="sgd")
-    trained(model, registry, epochs=1, optimizer=OPTIMIZERS["adam"]())
+    train_apart(model, registry, biases(model), epochs=1, optimizer="sgd")
     before = bits(kernels(model)[0])
     x, y = data(seed=1)
     recorder = Recorder(kernels(model))
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[recorder])
-    assert all(len({value.tobytes() for value in step}) == 1 for step in recorder.values)
+    for mode in MODES:
+        recorder.values += list(train_recorded(model, kernels(model), OPTIMIZERS["adam"](), **MODES[mode]))
+    assert equal_throughout(recorder.values)
     assert bits(kernels(model)[0]) != before
-    trained(model, registry, epochs=1, run_eagerly=True)
+    assert len(moving_steps(recorder.values)) == 4 * (1 + len(MODES))
 
 
 # ---- frozen members
@@ -418,139 +442,122 @@ def test_the_same_model_trains_again_with_and_without_compiling_anew():
 def test_frozen_members_never_move_and_the_others_take_their_value(frozen):
     model, registry = tied_towers(frozen=frozen)
     anchor = bits(kernels(model)[frozen[0]])
-    opened = [layer for i, layer in enumerate(towers_of(model)) if i not in frozen]
-    for layer in opened:
-        layer.kernel.assign(np.ones((5, 4)))
+    free = [i for i in range(3) if i not in frozen]
+    for i in free:
+        kernels(model)[i].assign(np.ones((5, 4)))
     head = bits(model.get_layer("head").kernel)
-    fit(model, registry, optimizer=OPTIMIZERS["momentum"](), **QUICK)
+    train(model, registry, optimizer=OPTIMIZERS["momentum"]())
     assert {bits(kernel) for kernel in kernels(model)} == {anchor}
     assert bits(model.get_layer("head").kernel) != head
-    assert all(np.any(ops.convert_to_numpy(layer.bias.value)) for layer in opened)
+    assert [i for i in range(3) if ops.convert_to_numpy(tower(model, i).bias.value).any()] == free
 
 
-ANCHORED_MODES = [
-    *MODES[1:],
-    pytest.param(QUICK | {"gradient_accumulation_steps": 2}, id="accumulation"),
-    pytest.param(QUICK | {"loss_scale": 2.0**10}, id="loss scale"),
-]
-
-
-@pytest.mark.parametrize("mode", ANCHORED_MODES)
-def test_members_take_the_value_of_a_frozen_one_in_each_way_to_run_a_step(mode):
-    mode = dict(mode)
-    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=mode.pop("gradient_accumulation_steps", None))
-    if "loss_scale" in mode:
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=mode.pop("loss_scale"))
+@pytest.mark.parametrize("way", [*(mode for mode in MODES if mode != QUICK), "several", "accumulation", "loss scale"])
+def test_members_take_the_value_of_a_frozen_one_in_each_way_to_run_a_step(way):
+    if (way, BACKEND) == ("several", "torch"):
+        pytest.skip("Keras has no `steps_per_execution` there")
     model, registry = tied_towers(frozen=(1,))
     anchor = bits(kernels(model)[1])
     kernels(model)[0].assign(np.ones((5, 4)))
-    fit(model, registry, optimizer=optimizer, **mode)
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2 if way == "accumulation" else None)
+    if way == "loss scale":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
+    steps = {"steps_per_execution": 2} if way == "several" else {}
+    train(model, registry, mode=way if way in MODES else QUICK, optimizer=optimizer, **steps)
     assert {bits(kernel) for kernel in kernels(model)} == {anchor}
-    assert all(np.any(ops.convert_to_numpy(towers_of(model)[i].bias.value)) for i in (0, 2))
+    assert all(ops.convert_to_numpy(tower(model, i).bias.value).any() for i in (0, 2))
 
 
 def test_a_group_that_is_frozen_as_a_whole_stays_while_the_rest_trains():
     model, registry = tied_towers(frozen=(0, 1, 2))
     before = bits(kernels(model)[0])
     head = bits(model.get_layer("head").kernel)
-    fit(model, registry, optimizer=OPTIMIZERS["adamw"](), **QUICK)
+    train(model, registry, optimizer=OPTIMIZERS["adamw"]())
     assert {bits(kernel) for kernel in kernels(model)} == {before}
     assert bits(model.get_layer("head").kernel) != head
 
 
 def test_freezing_and_thawing_a_member_counts_from_the_next_compile():
     model, registry = tied_towers()
-    trained(model, registry, epochs=1, optimizer=OPTIMIZERS["adam"]())
-    towers_of(model)[1].trainable = False
+    train_apart(model, registry, biases(model), epochs=1)
     held = bits(kernels(model)[1])
-    fit(model, registry, epochs=1, optimizer=OPTIMIZERS["adam"](), **QUICK)
+    tower(model, 1).trainable = False
+    train(model, registry, epochs=1)
     assert {bits(kernel) for kernel in kernels(model)} == {held}
-    towers_of(model)[1].trainable = True
-    trained(model, registry, epochs=1, optimizer=OPTIMIZERS["adam"]())
+    tower(model, 1).trainable = True
+    train(model, registry, epochs=1)
+    assert held not in {bits(kernel) for kernel in kernels(model)}
 
 
 def test_a_value_given_to_a_frozen_member_during_training_reaches_the_others():
-    model, registry = tied_towers(frozen=(0,))
+    model, _ = tied_towers(frozen=(0,))
     new = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
-
-    def give():
-        if BACKEND == "jax":
-            model.jax_state_sync()
-        kernels(model)[0].assign(new)
-
-    x, y = data()
-    model.compile("sgd", "mse", **QUICK)
-    recorder = Recorder(kernels(model))
-    model.fit(x, y, batch_size=8, verbose=0, callbacks=[AtStep(2, give), recorder])
-    unlike = [bool((step[1:] != step[0]).any()) for step in recorder.values]
-    assert unlike == [False, False, True, False, False]
-    assert all(bits(kernel) == new.tobytes() for kernel in kernels(model))
+    give = AfterStep(1, lambda: kernels(model)[0].assign(new))
+    values = train_recorded(model, kernels(model), "sgd", callbacks=[give])
+    assert [len({value.tobytes() for value in step}) for step in values] == [1, 1, 2, 1, 1]
+    assert values[-1][0].tobytes() == new.tobytes() != values[0][0].tobytes()
 
 
 # ---- what must not matter
 
 
-def run_named(order=(0, 1, 2), names=("tower_0", "tower_1", "tower_2"), members=None):
-    """Trains three tied towers that were made in some order under some names; returns the trained kernel."""
+def train_towers(*, layers=(0, 1, 2), names=("tower_0", "tower_1", "tower_2"), members=None):
+    """Trains three tied towers with the layers or the members in some order; returns a kernel and the members."""
     entrance = keras.Input((5,))
-    layers = {i: keras.layers.Dense(4, activation="tanh", name=names[i]) for i in order}
-    outputs = {i: layers[i](entrance) for i in order}
-    head = keras.layers.Dense(1, name="head")
-    model = keras.Model(entrance, head(keras.layers.Concatenate()([outputs[i] for i in range(3)])))
-    tied = [layers[i].kernel for i in range(3)]
-    start_from(tied)
-    start_from([head.kernel], seed=1)
+    made = [keras.layers.Dense(4, activation="tanh", name=name) for name in names]
+    model = headed(entrance, [made[i](entrance) for i in layers])
+    start_from(*(layer.kernel for layer in made))
+    heads = np.random.default_rng(1).normal(size=(3, 4, 1)).astype("float32")
+    model.get_layer("head").kernel.assign(np.concatenate([heads[i] for i in layers]))
     registry = equalize.GroupRegistry()
-    if members is None:
-        for layer in layers.values():
+    if members is not None:
+        registry.tie("towers", [made[i].kernel for i in members], Equal())
+    else:
+        for layer in made:
             layer.kernel.constraint = Equal("towers")
         registry.link(model)
-    else:
-        registry.tie("towers", [tied[i] for i in members], Equal())
-    twins = [layers[i].bias for i in range(3)]
-    trained(model, registry, twins, optimizer=OPTIMIZERS["momentum"]())
-    return ops.convert_to_numpy(tied[0].value), [member.path for member in registry["towers"].members]
+    train_apart(model, registry, [layer.bias for layer in made], epochs=1, optimizer=OPTIMIZERS["momentum"]())
+    return ops.convert_to_numpy(made[0].kernel.value), [member.path for member in registry["towers"].members]
 
 
 def test_the_order_of_members_and_of_layers_does_not_change_the_result():
-    value, paths = run_named()
-    for kwargs in ({"members": (2, 0, 1)}, {"order": (2, 0, 1)}):
-        other, other_paths = run_named(**kwargs)
-        assert other_paths != paths
+    value, paths = train_towers()
+    for order in ({"members": (2, 0, 1)}, {"layers": (2, 0, 1)}):
+        other, other_paths = train_towers(**order)
+        assert other_paths == ["tower_2/kernel", "tower_0/kernel", "tower_1/kernel"] != paths
         np.testing.assert_allclose(other, value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_names_of_layers_do_not_change_a_bit_of_the_result():
-    value, _ = run_named()
-    other, paths = run_named(names=("zebra", "tower_0", "a"))
+    value, _ = train_towers()
+    other, paths = train_towers(names=("zebra", "tower_0", "a"))
     assert paths == ["zebra/kernel", "tower_0/kernel", "a/kernel"]
     assert other.tobytes() == value.tobytes()
 
 
-ODD = ["-dash", "a>b", "__x"] + ([] if BACKEND == "tensorflow" else ["a b", "a:b", "{x} %s", "[bold]é🙂", "'\t\\"])
-
-
 def test_layers_and_groups_may_have_odd_names():
+    names = ["-dash", "a>b", "__x"]
+    if BACKEND != "tensorflow":  # which takes layer names for scopes of a graph
+        names += ["a b", "a:b", "{x} %s", "[bold]é🙂", "'\t\\"]
     entrance = keras.Input((5,))
     group = "group / {x} %s [bold]é🙂\n"
-    layers = [keras.layers.Dense(4, activation="tanh", name=name, kernel_constraint=Equal(group)) for name in ODD]
-    model = keras.Model(entrance, dense_on(*[layer(entrance) for layer in layers]))
+    layers = [keras.layers.Dense(4, activation="tanh", name=name, kernel_constraint=Equal(group)) for name in names]
+    model = headed(entrance, [layer(entrance) for layer in layers])
     registry = equalize.GroupRegistry().link(model)
-    assert list(registry) == [group]
-    trained(model, registry, [layer.bias for layer in layers])
+    assert len(registry[group].members) == len(names)
+    train_apart(model, registry, [layer.bias for layer in layers], epochs=1)
 
 
 def test_layers_of_one_name_in_nested_models_stay_tied():
-    entrance = keras.Input((5,))
-    branches, layers = [], []
-    for i in range(3):
-        inner = keras.Input((5,))
-        layers.append(keras.layers.Dense(4, activation="tanh", name="same", kernel_constraint=Equal("towers")))
-        branches.append(keras.Model(inner, layers[-1](inner), name=f"branch_{i}"))
-    model = keras.Model(entrance, dense_on(*[branch(entrance) for branch in branches]))
+    entrance, inner = keras.Input((5,)), keras.Input((5,))
+    layers = [
+        keras.layers.Dense(4, activation="tanh", name="same", kernel_constraint=Equal("towers")) for _ in range(3)
+    ]
+    nested = [keras.Model(inner, layer(inner), name=f"nested_{i}") for i, layer in enumerate(layers)]
+    model = headed(entrance, [branch(entrance) for branch in nested])
     registry = equalize.GroupRegistry().link(model)
-    assert {member.path for member in registry["towers"].members} == {"same/kernel"}
-    trained(model, registry, [layer.bias for layer in layers])
+    assert [member.path for member in registry["towers"].members] == ["same/kernel"] * 3
+    train_apart(model, registry, [layer.bias for layer in layers], epochs=1)
 
 
 class Subclassed(keras.Model):
@@ -568,144 +575,126 @@ def test_subclassed_models_stay_tied():
     model = Subclassed()
     model(np.zeros((1, 5), "float32"))
     registry = equalize.GroupRegistry().link(model)
-    trained(model, registry, [model.left.bias, model.right.layers[0].bias])
+    train_apart(model, registry, [model.left.bias, model.right.layers[0].bias], epochs=1)
 
 
-def test_a_shared_layer_is_one_member():
-    entrances = [keras.Input((5,)) for _ in range(3)]
-    shared, other = [
-        keras.layers.Dense(4, activation="tanh", name=name, kernel_constraint=Equal("towers"))
-        for name in ("shared", "other")
-    ]
-    inner = keras.Input((5,))
+def test_a_shared_layer_that_is_met_twice_is_one_member():
+    entrances, inner = [keras.Input((5,)) for _ in range(3)], keras.Input((5,))
+    shared, other = [keras.layers.Dense(4, activation="tanh", kernel_constraint=Equal("towers")) for _ in range(2)]
     nested = keras.Model(inner, shared(inner))
-    model = keras.Model(entrances, dense_on(shared(entrances[0]), nested(entrances[1]), other(entrances[2])))
+    model = headed(entrances, [shared(entrances[0]), nested(entrances[1]), other(entrances[2])])
     registry = equalize.GroupRegistry().link(nested, model)
     assert [member.variable for member in registry["towers"].members] == [shared.kernel, other.kernel]
     x = [data(seed=seed)[0] for seed in range(3)]
-    trained(model, registry, [shared.bias, other.bias], x=x, y=data()[1])
+    train_apart(model, registry, [shared.bias, other.bias], x=x, y=data()[1], epochs=1)
 
 
 # ---- values that are no ordinary numbers
 
 SPECIALS = {
-    "one NaN": ((np.nan, 1.0, 2.0), np.nan),
-    "all NaN": ((np.nan, np.nan, np.nan), np.nan),
-    "one infinity": ((1.0, np.inf, 2.0), np.inf),
-    "one negative infinity": ((1.0, 2.0, -np.inf), -np.inf),
-    "all infinite": ((np.inf, np.inf, np.inf), np.inf),
-    "opposite infinities": ((np.inf, -np.inf, 1.0), np.nan),
-    "large": ((3e38, 3e38, 3e38), np.float32(3e38)),
-    "large and equal": ((3e38, -3e38, 3e38), np.float32(1e38)),
-    "ordinary": ((1.0, 2.0, 6.0), 3.0),
+    (np.nan, 1.0, 2.0): np.nan,
+    (np.nan, np.nan, np.nan): np.nan,
+    (1.0, np.inf, 2.0): np.inf,
+    (1.0, 2.0, -np.inf): -np.inf,
+    (np.inf, np.inf, np.inf): np.inf,
+    (np.inf, -np.inf, 1.0): np.nan,
+    (3e38, -3e38, 3e38): 1e38,
+    (3e38, 3e38, 1.5e38): 2.5e38,
+    (1.0, 2.0, 6.0): 3.0,
 }
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
-def test_a_value_that_is_no_ordinary_number_spreads_to_all_members_in_its_entry_only(mode):
+def only_project(model, registry, mode, **kwargs):
+    """Trains with an optimizer that gathers gradients and never applies them, so that only projections write."""
+    train(model, registry, mode=mode, optimizer=keras.optimizers.SGD(gradient_accumulation_steps=100), **kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_value_that_is_no_ordinary_number_reaches_all_members_and_stays_in_its_entry(mode):
     model, registry = tied_towers(inputs=len(SPECIALS), units=1)
-    columns = np.array([values for values, _ in SPECIALS.values()], "float32")
-    for kernel, column in zip(kernels(model), columns.T, strict=True):
-        kernel.assign(column[:, None])
-    # Accumulated gradients are never applied here, so that nothing but the projection writes the members.
-    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=100)
-    fit(model, registry, x=data(inputs=len(SPECIALS))[0], y=data()[1], optimizer=optimizer, **mode)
-    expected = np.array([mean for _, mean in SPECIALS.values()], "float32")
-    np.testing.assert_allclose(ops.convert_to_numpy(kernels(model)[0].value)[:, 0], expected, rtol=1e-6)
+    for kernel, values in zip(kernels(model), np.array(list(SPECIALS), "float32").T, strict=True):
+        kernel.assign(values[:, None])
+    only_project(model, registry, mode, x=data(inputs=len(SPECIALS))[0], y=data()[1])
+    means = ops.convert_to_numpy(kernels(model)[0].value)[:, 0]
+    np.testing.assert_allclose(means, np.array(list(SPECIALS.values()), "float32"), rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
-@pytest.mark.parametrize("number", [1e-40, -1e-45, -0.0, 3e38, np.inf, np.nan, 0.1], ids=str)
-def test_equal_members_keep_their_bits_whatever_number_they_hold(number, mode):
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_members_keep_their_bits_whatever_number_they_hold(mode):
     model, registry = tied_towers()
-    value = np.full((5, 4), number, "float32")
+    numbers = [1e-40, -1e-45, 0.0, -0.0, 3e38, -3e38, np.inf, -np.inf, np.nan, 0.1]
+    value = np.array(numbers * 2, "float32").reshape(5, 4)
     for kernel in kernels(model):
         kernel.assign(value)
-    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=100)
-    fit(model, registry, epochs=1, optimizer=optimizer, **mode)
+    only_project(model, registry, mode)
     assert {bits(kernel) for kernel in kernels(model)} == {value.tobytes()}
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e-40], ids=str)
-def test_members_stay_bitwise_equal_while_a_training_goes_wrong(poison):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", [np.nan, 1e-40], ids=str)
+def test_members_stay_bitwise_equal_while_one_of_them_spoils_the_training(number, mode):
     model, registry = tied_towers()
-    kernels(model)[1].assign(np.full((5, 4), poison, "float32"))
-    fit(model, registry, optimizer=OPTIMIZERS["adam"](), **QUICK)
-    assert np.isfinite(ops.convert_to_numpy(kernels(model)[0].value)).all() == np.isfinite(poison)
+    kernels(model)[1].assign(np.full((5, 4), number, "float32"))
+    train(model, registry, mode=mode, epochs=1)
+    assert np.isfinite(ops.convert_to_numpy(kernels(model)[0].value)).all() == np.isfinite(number)
 
 
 # ---- partial ties and sharing, step by step
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
-@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize(("n", "mode"), [(2, QUICK), (5, QUICK), *((3, mode) for mode in MODES)])
 def test_a_partial_tie_shrinks_every_distance_to_the_mean_by_its_rate_each_step(n, mode):
     model, _ = tied_towers(n, rate=0.25)
-    members = kernels(model)
-    for seed, member in enumerate(members):
-        start_from([member], seed)
-    values = run_recorded(model, members, optimizer=keras.optimizers.SGD(0.0), **mode).astype("float64")
+    for seed, kernel in enumerate(kernels(model)):
+        start_from(kernel, seed=seed)
+    values = train_recorded(model, kernels(model), keras.optimizers.SGD(0.0), **MODES[mode]).astype("float64")
     means = values.mean(1, keepdims=True)
-    assert len(values) == 5
-    np.testing.assert_allclose(means, means[:1].repeat(5, 0), rtol=1e-6, atol=1e-6)
     expected = (values - means)[:1] * 0.75 ** np.arange(5).reshape(5, 1, 1, 1)
     np.testing.assert_allclose(values - means, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(means, means[:1].repeat(5, 0), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES[:3])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_partial_tie_pulls_to_a_frozen_member_by_its_rate_each_step(mode):
     model, _ = tied_towers(frozen=(1,), rate=0.25)
-    members = kernels(model)
-    for seed, member in enumerate(members):
-        start_from([member], seed)
-    values = run_recorded(model, members, optimizer=keras.optimizers.SGD(0.0), **mode)
+    for seed, kernel in enumerate(kernels(model)):
+        start_from(kernel, seed=seed)
+    values = train_recorded(model, kernels(model), keras.optimizers.SGD(0.0), **MODES[mode])
     assert len({step[1].tobytes() for step in values}) == 1
-    expected = (values - values[:1, 1:2])[:1] * 0.75 ** np.arange(5).reshape(5, 1, 1, 1)
-    np.testing.assert_allclose(values - values[:1, 1:2], expected, rtol=1e-5, atol=1e-6)
+    expected = (values[0] - values[0, 1]) * 0.75 ** np.arange(5).reshape(5, 1, 1, 1)
+    np.testing.assert_allclose(values - values[0, 1], expected, rtol=1e-5, atol=1e-6)
 
 
-def branches(layers, head):
+def branches(layers):
     """One layer a branch, each with an input of its own, and a head that stays as it is."""
     entrances = [keras.Input((5,)) for _ in layers]
-    outputs = [layer(entrance) for layer, entrance in zip(layers, entrances, strict=True)]
-    model = keras.Model(entrances, head(keras.layers.Concatenate()(outputs)))
-    start_from(list({id(layer): layer.kernel for layer in layers}.values()))
-    start_from([head.kernel], seed=1)
-    head.trainable = False
+    model = headed(entrances, [layer(entrance) for layer, entrance in zip(layers, entrances, strict=True)])
+    start_from(*(layer.kernel for layer in layers))
+    start_from(model.get_layer("head").kernel, seed=1)
+    model.get_layer("head").trainable = False
     return model
 
 
-def kernel_layer():
-    return keras.layers.Dense(4, activation="tanh", use_bias=False)
+def train_branches(n, optimizer, *, shared=False):
+    """The kernels of n branches, step by step: tied, or one for all."""
+    layers = [keras.layers.Dense(4, activation="tanh", use_bias=False) for _ in range(1 if shared else n)]
+    model = branches(layers * n if shared else layers)
+    if not shared:
+        equalize.GroupRegistry().tie("tied", [layer.kernel for layer in layers], Equal())
+    x = [data(seed=seed)[0] for seed in range(n)]
+    return train_recorded(model, [layer.kernel for layer in layers], optimizer, x=x, y=data()[1], epochs=2)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(("n", "momentum"), [(2, 0.0), (3, 0.9)])
 def test_projecting_with_sgd_is_sharing_at_the_learning_rate_divided_by_the_number_of_members(n, momentum):
-    x, y = [data(seed=seed)[0] for seed in range(n)], data()[1]
-    layers = [kernel_layer() for _ in range(n)]
-    model = branches(layers, keras.layers.Dense(1))
-    equalize.GroupRegistry().tie("tied", [layer.kernel for layer in layers], Equal())
-    sgd = keras.optimizers.SGD(0.3, momentum)
-    tied = run_recorded(model, [layer.kernel for layer in layers], optimizer=sgd, x=x, y=y, epochs=2)
-
-    one = kernel_layer()
-    model = branches([one] * n, keras.layers.Dense(1))
-    shared = run_recorded(model, [one.kernel], optimizer=keras.optimizers.SGD(0.3 / n, momentum), x=x, y=y, epochs=2)
-    assert len(tied) == len(shared) == 9
+    tied = train_branches(n, keras.optimizers.SGD(0.3, momentum))
+    shared = train_branches(n, keras.optimizers.SGD(0.3 / n, momentum), shared=True)
     assert np.abs(shared[-1] - shared[0]).max() > 0.05
     np.testing.assert_allclose(tied, shared.repeat(n, 1), rtol=1e-5, atol=1e-6)
 
 
 def test_projecting_with_adam_is_not_sharing():
-    x, y = [data(seed=seed)[0] for seed in range(2)], data()[1]
-    layers = [kernel_layer() for _ in range(2)]
-    model = branches(layers, keras.layers.Dense(1))
-    equalize.GroupRegistry().tie("tied", [layer.kernel for layer in layers], Equal())
-    tied = run_recorded(model, [layers[0].kernel], optimizer=keras.optimizers.Adam(0.1), x=x, y=y)
-    one = kernel_layer()
-    model = branches([one] * 2, keras.layers.Dense(1))
+    tied = train_branches(2, keras.optimizers.Adam(0.1))
     for rate in (0.1, 0.05):
-        start_from([one.kernel])
-        shared = run_recorded(model, [one.kernel], optimizer=keras.optimizers.Adam(rate), x=x, y=y)
-        assert np.abs(shared - tied).max() > 0.01
+        shared = train_branches(2, keras.optimizers.Adam(rate), shared=True)
+        assert np.abs(tied - shared).max() > 0.01
