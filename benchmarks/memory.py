@@ -1,0 +1,140 @@
+"""How much memory a projection adds at its peak, in members.
+
+A fresh process makes n kernels that differ, notes its resident memory, resets Linux's mark of the highest
+(`/proc/self/clear_refs`), projects once, and reads the mark (`VmHWM`). What people write first stands beside it: stack,
+average, assign, which needs more than n members and so shows that the measure works. A projection runs eagerly, or as
+one compiled graph, which is what a training step runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import colors
+from benchmarks.task import Options, Record, Row, Task
+
+PROBES = [("hard", "graph"), ("hard", "eager"), ("stack", "graph")]
+COUNTS = (4, 16)
+LABELS = {"hard": "hard: Equal", "stack": "habit: stacked mean"}
+GOAL = 1.5
+SHAPE = (2048, 2048)
+MEMBER = SHAPE[0] * SHAPE[1] * 4
+
+# glibc then gives every large buffer back when it is freed.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+
+
+def resident(key: str) -> int:
+    """A figure of `/proc/self/status` in bytes: `VmRSS` now, `VmHWM` at the peak since the last reset."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def probe(name: str, mode: str, count: int) -> float:
+    """The peak that one projection adds in this process, in members."""
+    import keras
+    import numpy as np
+
+    variables = [keras.Variable(np.zeros(SHAPE, "float32")) for _ in range(count)]
+    project = projection(name, variables)
+    run = compiled(project) if mode == "graph" else project
+    run()
+    for i, variable in enumerate(variables):
+        # Each in a buffer of its own again, as after an optimizer's step.
+        variable.assign(np.full(SHAPE, i, "float32"))
+    filling = fill_cache()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    run()
+    added = resident("VmHWM") - before
+    del filling
+    return added / MEMBER
+
+
+def fill_cache() -> list[Any]:
+    """Tensors in all the buffers that the backend keeps for later, in which a projection's own would not show."""
+    from keras import ops
+
+    tensors = []
+    grown = 0
+    while grown < 2:
+        before = resident("VmRSS")
+        tensors.append(ops.ones(SHAPE))
+        grown += resident("VmRSS") - before > 0.9 * MEMBER
+    return tensors
+
+
+def projection(name: str, variables: Sequence[Any]) -> Callable[[], None]:
+    """What makes the variables equal, in the way of that name."""
+    from keras import ops
+
+    import equalize
+
+    def stack() -> None:
+        mean = ops.mean(ops.stack([variable.value for variable in variables]), axis=0)
+        for variable in variables:
+            variable.assign(mean)
+
+    if name == "stack":
+        return stack
+    registry = equalize.GroupRegistry()
+    registry.tie("kernels", list(variables), equalize.constraints.Equal())
+    return registry.project
+
+
+def compiled(function: Callable[[], None]) -> Callable[[], None]:
+    """The function as one graph. Only TensorFlow has graphs outside of `fit` that write Keras variables."""
+    import tensorflow as tf
+
+    return tf.function(function)
+
+
+def label(record: Record) -> str:
+    """What tables and pictures call a record."""
+    return f"{LABELS[record['way']]}, n = {record['count']}, {record['mode']}"
+
+
+class Memory(Task):
+    """Peak memory of one projection."""
+
+    title = "Projection: peak memory added"
+    part = "memory"
+
+    def count(self, options: Options) -> int:
+        return len(PROBES) * len(COUNTS)
+
+    def measure(self, options: Options) -> Iterator[Record]:
+        call = [sys.executable, "-m", __name__]
+        with subprocess.Popen(call, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                yield json.loads(line)
+        if process.returncode:
+            raise RuntimeError(f"{call} ended with exit status {process.returncode}.")
+
+    def rows(self, records: Sequence[Record]) -> list[Row]:
+        lines = []
+        for record in records:
+            added = record["members_added"]
+            goal = ("about 1", added <= GOAL) if record["way"] == "hard" else ()
+            lines.append(Row(label(record), f"{added:.2f} members", *goal))
+        return lines
+
+    def draw(self, axes: Any, records: Sequence[Record]) -> None:
+        for place, record in enumerate(reversed(records)):
+            added = record["members_added"]
+            axes.barh(place, added, color=colors.OF[record["way"]], height=0.7)
+            axes.annotate(f"{added:.1f}", (added, place), (4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(records)), [label(record) for record in reversed(records)])
+        axes.set(xlabel="peak memory added by one projection (members)")
+        axes.margins(x=0.12)
+
+
+if __name__ == "__main__":
+    for name, mode in PROBES:
+        for members in COUNTS:
+            added = probe(name, mode, members)
+            print(json.dumps({"way": name, "mode": mode, "count": members, "members_added": added}), flush=True)
