@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -78,6 +79,19 @@ def concrete(variable: keras.Variable) -> np.ndarray | None:
     if value is None or _traced(value):
         return None
     return ops.convert_to_numpy(value)
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """A scope in which arrays are computed with at once, also while a step is traced."""
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope()
+    if _BACKEND == "jax":
+        import jax
+
+        return jax.ensure_compile_time_eval()
+    return nullcontext()
 
 
 def own_copy(value: Tensor) -> Tensor:

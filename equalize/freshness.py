@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import keras
+import numpy as np
 
 from equalize.backend import read
 from equalize.projections import Tensor
@@ -20,51 +21,52 @@ Watch: TypeAlias = Callable[[keras.Variable], Tensor | None]
 _READING_OPERATIONS = frozenset({"ReadVariableOp", "ResourceGather", "VariableShape"})
 
 
-def _tensorflow(variable: keras.Variable, value: Tensor) -> Watch:
-    """In a graph: nothing but reads has been added to the handle. Eagerly: the bits are the same."""
+def _tensorflow(variable: keras.Variable, value: Tensor, awaited: bool) -> Watch:
+    """In a graph: nothing but reads, and writes of the value, has been added to the handle. Eagerly: the same buffer.
+
+    While the value is held, nothing can be written into the buffer that it shares with the variable: TensorFlow
+    gives the variable another one. On a GPU the buffer cannot be seen, and all counts as changed.
+    """
     import tensorflow as tf
 
     if not tf.inside_function():
-        then = _bits(value)
 
         def eagerly(variable: keras.Variable) -> Tensor | None:
             now = None if tf.inside_function() else read(variable)
-            return now if now is not None and bool(tf.reduce_all(tf.equal(_bits(now), then))) else None
+            return now if now is not None and _address(now) == _address(value) else None
 
         return eagerly
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
         return _unknown
+    name = value.name
 
-    def writes(variable: keras.Variable) -> tuple[int, int]:
+    def changes(variable: keras.Variable) -> tuple[int, int]:
         handle = tf.compat.v1.get_default_graph().capture(variable.value.handle)
-        return id(handle), sum(op.type not in _READING_OPERATIONS for op in handle.consumers())
+        touched = [op for op in handle.consumers() if op.type not in _READING_OPERATIONS]
+        return id(handle), sum(op.type != "AssignVariableOp" or op.inputs[1].name != name for op in touched)
 
-    graph, name, then = weakref.ref(tf.compat.v1.get_default_graph()), value.name, writes(variable)
+    graph, then = weakref.ref(tf.compat.v1.get_default_graph()), changes(variable)
 
     def in_graph(variable: keras.Variable) -> Tensor | None:
         here = tf.compat.v1.get_default_graph()
-        return here.get_tensor_by_name(name) if here is graph() and writes(variable) == then else None
+        return here.get_tensor_by_name(name) if here is graph() and changes(variable) == then else None
 
     return in_graph
 
 
-def _jax(variable: keras.Variable, value: Tensor) -> Watch:
+def _jax(variable: keras.Variable, value: Tensor, awaited: bool) -> Watch:
     """Arrays and tracers never change: the same object is the same value."""
-    then = weakref.ref(variable.value)
+    then = weakref.ref(value)
     return lambda variable: variable.value if variable.value is then() else None
 
 
-def _torch(variable: keras.Variable, value: Tensor) -> Watch:
-    """Every write in place counts up the tensor's version."""
-    import torch
-
-    if torch.compiler.is_compiling():
-        return _unknown
+def _torch(variable: keras.Variable, value: Tensor, awaited: bool) -> Watch:
+    """Every write in place counts up the tensor's version; Keras's own of an awaited value by one at most."""
     tensor, version = weakref.ref(variable.value), variable.value._version
 
     def versioned(variable: keras.Variable) -> Tensor | None:
-        same = variable.value is tensor() and variable.value._version == version
-        return read(variable) if same and not torch.compiler.is_compiling() else None
+        unwritten = variable.value is tensor() and 0 <= variable.value._version - version <= int(awaited)
+        return read(variable) if unwritten else None
 
     return versioned
 
@@ -73,14 +75,23 @@ def _unknown(variable: keras.Variable) -> None:
     return None
 
 
-def _bits(value: Tensor) -> Tensor:
-    """The value as integers, so that 0.0 and -0.0 differ and a NaN equals itself."""
+def _address(value: Tensor) -> int:
+    """Where a TensorFlow tensor's buffer lies; NumPy knows integers of every size, but not every float."""
     import tensorflow as tf
 
-    return tf.bitcast(value, {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
+    integers = tf.bitcast(value, {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
+    return np.asarray(memoryview(integers)).ctypes.data
 
 
-watch: Callable[[keras.Variable, Tensor], Watch] = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[
-    keras.backend.backend()
-]
-"""Watches a variable, which holds `value`, from now on."""
+_WATCH = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.backend()]
+
+
+def watch(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> Watch:
+    """Watches a variable from now on.
+
+    Args:
+        variable: The variable.
+        value: What it holds, or is about to hold.
+        awaited: Whether Keras is still going to write the value into it.
+    """
+    return _WATCH(variable, value, awaited)

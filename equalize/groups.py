@@ -31,7 +31,8 @@ class Group:
         self.rule = rule
         self.declared = declared
         self._members = tuple(members)
-        self._projected: dict[Member, freshness.Watch] = {}
+        self._watches: dict[Member, freshness.Watch] = {}
+        self._uncalled: set[Member] = set()
         self._statistic: _Statistic | None = None
 
     @property
@@ -79,22 +80,22 @@ class Group:
     def project(self, caller: Member | None = None) -> Tensor | None:
         """Writes the common value to the members that may move; returns what `caller` becomes, for Keras to write.
 
-        Keras calls every member's constraint, so the first call of a step works for all, and a call whose member
-        cannot have been written since returns what is there.
+        Keras calls every member's constraint, so the first call of a step works for all. Another member's first call
+        after that returns what is there, if no member can have been written since but by Keras with that value.
 
         Raises:
             GroupMismatchError: Two anchors differ.
             EqualizeError: The step cannot reach a member, which happens on JAX.
         """
-        if caller is not None and caller in self._projected:
-            value = self._projected.pop(caller)(caller.variable)
+        if caller is not None and caller in self._uncalled:
+            value = self._unwritten(caller)
             if value is not None:
                 return value
         members = self.members
         self._require_reach(members)
         target = self._common_value(members)
         result = None
-        self._projected.clear()
+        self._watches.clear()
         for member in members:
             if member.anchor:
                 continue
@@ -103,11 +104,24 @@ class Group:
                 value = projections.relax(backend.read(member.variable), value, self.rule.rate)
             if member is caller:
                 result = value
-                continue
-            member.variable.assign(backend.own_copy(value))
+            else:
+                value = backend.own_copy(value)
+                member.variable.assign(value)
             if caller is not None:
-                self._projected[member] = freshness.watch(member.variable, value)
+                self._watches[member] = freshness.watch(member.variable, value, awaited=member is caller)
+        self._uncalled = self._watches.keys() - {caller}
         return backend.read(caller.variable) if caller and result is None else result
+
+    def _unwritten(self, caller: Member) -> Tensor | None:
+        """The value of a member that is called for the first time since the projection, if all is as that left it."""
+        self._uncalled.discard(caller)
+        values = {member: watch(member.variable) for member, watch in self._watches.items() if member.alive}
+        if any(value is None for value in values.values()):
+            return None
+        self._watches[caller] = freshness.watch(caller.variable, values[caller], awaited=True)
+        if not self._uncalled:
+            self._watches.clear()
+        return values[caller]
 
     def share(self, member: Member, x: Tensor) -> Tensor:
         """The share of a member, whose value is `x`, in the group's penalty. Where no member may move there is none.
@@ -219,7 +233,8 @@ def _show(members: Sequence[Member], common: Tensor) -> Tensor:
 
 
 def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
-    return ops.convert_to_numpy(member.pull(ops.convert_to_tensor(value)))
+    with backend.eagerly():
+        return ops.convert_to_numpy(member.pull(ops.convert_to_tensor(value)))
 
 
 class _Statistic:
