@@ -189,10 +189,10 @@ class Group:
 
     def _anchored_value(self, anchor: Member) -> Tensor:
         """The value of an anchor, which an optimizer on JAX does not carry."""
+        if not backend.visible(anchor.variable) and anchor.sighted is not None:
+            return anchor.sighted
         if backend.visible(anchor.variable) or not backend.purged(anchor.variable):
             return backend.read(anchor.variable)
-        if anchor.sighted is not None:
-            return anchor.sighted
         raise EqualizeError(
             f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this step "
             "does not see it. Expected: a step that computes `model.losses`, as `fit` does, or one that runs the "
