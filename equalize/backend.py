@@ -81,6 +81,13 @@ def concrete(variable: keras.Variable) -> np.ndarray | None:
     return ops.convert_to_numpy(value)
 
 
+def hand_over(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
+    """Lists `new` for `old` among a layer's parameters; every layer in PyTorch lists those of the layers below it."""
+    if _BACKEND == "torch" and getattr(layer, "_torch_params", {}).get(old.path) is old.value:
+        layer._post_untrack_variable(old)
+        layer._post_track_variable(new)
+
+
 def eagerly() -> AbstractContextManager[None]:
     """A scope in which arrays are computed with at once, also while a step is traced."""
     if _BACKEND == "tensorflow":
@@ -125,6 +132,31 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return (compiled if entries >= _WORTH_FUSING else function)(tensors, *options)
 
     return dispatch
+
+
+def add(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of gradients of one shape; of sparse ones as TensorFlow sums those of one variable that is used often."""
+    if len(gradients) == 1:
+        return gradients[0]
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        if all(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+            values, indices = ([getattr(g, part) for g in gradients] for part in ("values", "indices"))
+            return tf.IndexedSlices(tf.concat(values, 0), tf.concat(indices, 0), gradients[0].dense_shape)
+        return tf.add_n([tf.convert_to_tensor(gradient) for gradient in gradients])
+    # Backpropagation adds up the uses of one variable from the last to the first.
+    return functools.reduce(ops.add, reversed(gradients))
+
+
+def scale(gradient: Tensor, factor: float) -> Tensor:
+    """A multiple of a gradient; of a sparse one sparse."""
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(gradient, tf.IndexedSlices):
+            return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
+    return gradient * factor
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def inner_for(name: str, rule: Rule, members: list[Member]) -> list[Any]:
     """
     found = [_existing(member.variable, rule.slot) for member in members]
     for member, existing in zip(members, found, strict=True):
-        if rule.inner is not None and existing is not None and _config(rule.inner) != _config(existing):
+        if rule.inner is not None and existing is not None and config_of(rule.inner) != config_of(existing):
             raise GroupMismatchError(
                 f"Cannot tie '{member.path}' into group '{name}': it has the {rule.slot} {_name(existing)} already, "
                 f"and the rule brings {_name(rule.inner)} as `inner`. Expected: one of the two. Leave `inner` out to "
@@ -61,7 +61,7 @@ def inner_for(name: str, rule: Rule, members: list[Member]) -> list[Any]:
     moving = [inner for member, inner in zip(members, kept, strict=True) if not member.constant]
     if rule.slot == "constraint":
         for member, inner in zip(members, kept, strict=True):
-            if not member.constant and _config(inner) != _config(moving[0]):
+            if not member.constant and config_of(inner) != config_of(moving[0]):
                 lines = "".join(f"\n    {m}: {_name(i)}" for m, i in zip(members, kept, strict=True))
                 raise GroupMismatchError(
                     f"Cannot tie '{member.path}' into group '{name}': expected the constraint {_name(moving[0])}, "
@@ -86,7 +86,8 @@ def _without(rule: Any, group: Group) -> Any:
     return rule
 
 
-def _config(rule: Any) -> Any:
+def config_of(rule: Any) -> Any:
+    """What a constraint or regularizer writes of itself; None for none."""
     return None if rule is None else keras.saving.serialize_keras_object(rule)
 
 

@@ -119,7 +119,7 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
             raise GroupMismatchError(
                 f"Group '{name}' has one member: layer '{layers[0].name}'. Expected: at least two layers."
             )
-        paired = pairing.paired_weights(name, layers)
+        paired = pairing.paired_weights(f"Cannot tie layers into group '{name}'", layers)
         return {f"{name}/{place}": [Member(v) for v in variables] for place, variables in paired.items()}, True
     if layers:
         raise TypeError(

@@ -1,7 +1,8 @@
 """Groups: who is tied, what the common value is, and how far apart the members are."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Group:
         self._watches: dict[Member, freshness.Watch] = {}
         self._uncalled: set[Member] = set()
         self._statistic: _Statistic | None = None
+        self._led = 0
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -87,6 +89,8 @@ class Group:
             GroupMismatchError: Two anchors differ.
             EqualizeError: The step cannot reach a member, which happens on JAX.
         """
+        if caller is not None and self._led:
+            return self._constrained(caller)
         if caller is not None and caller in self._uncalled:
             value = self._unwritten(caller)
             if value is not None:
@@ -111,6 +115,39 @@ class Group:
                 self._watches[member] = freshness.watch(member.variable, value, awaited=member is caller)
         self._uncalled = self._watches.keys() - {caller}
         return backend.read(caller.variable) if caller and result is None else result
+
+    @contextlib.contextmanager
+    def led(self) -> Iterator[None]:
+        """While an optimizer updates one member in place of all: a call of its constraint projects nothing.
+
+        A count, not a flag: the replicas of `tf.distribute.MirroredStrategy` trace a step side by side.
+        """
+        self._led += 1
+        try:
+            yield
+        finally:
+            self._led -= 1
+
+    def follow(self, leader: Member) -> None:
+        """Writes the common value that one member shows to all others that may move.
+
+        Raises:
+            EqualizeError: The step cannot reach a member, which happens on JAX.
+        """
+        members = self.members
+        self._require_reach(members)
+        value = leader.pull(backend.read(leader.variable))
+        for member in members:
+            if not member.anchor and (member is not leader or not leader.exact):
+                member.variable.assign(backend.own_copy(member.show(value)))
+
+    def _constrained(self, member: Member) -> Tensor:
+        """A member's value, with the common value that it shows as the inner constraint wants it."""
+        value = backend.read(member.variable)
+        if self.rule.inner is None:
+            return value
+        common = member.pull(value)
+        return member.show(ops.cast(self.rule.inner(common), common.dtype))
 
     def _unwritten(self, caller: Member) -> Tensor | None:
         """The value of a member that is called for the first time since the projection, if all is as that left it."""
@@ -150,10 +187,10 @@ class Group:
     def sync(self, method: str) -> None:
         """Makes the members equal: to the anchors, else to the first of them or to their mean."""
         members = self.members
-        if method == "mean" or any(member.anchor for member in members):
-            value = self._common_value(members)
-        else:
-            value = members[0].pull(backend.read(members[0].variable))
+        if method == "first" and not any(member.anchor for member in members):
+            self.follow(members[0])
+            return
+        value = self._common_value(members)
         for member in members:
             if not member.anchor:
                 member.variable.assign(backend.own_copy(member.show(value)))

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import keras
 
+from equalize import backend
 from equalize.binding import rules_on
 from equalize.errors import GroupMismatchError, TieBrokenError
 from equalize.groups import Group
@@ -84,8 +85,16 @@ def require_equal(group: Group) -> None:
     raise TieBrokenError(
         f"The members of group '{group.name}' are not equal: expected a spread of 0, received {group.spread():g}.\n"
         f"    {members[0]}: the first{distances}\n"
-        'Link with initial="first" or initial="mean" to make them equal, or load weights that are.'
+        'Link with initial="first" or initial="mean" to make them equal, call `registry.sync()`, or load weights that '
+        "are."
     )
+
+
+def require_equal_if_known(group: Group) -> None:
+    """Raises as `require_equal`, where the values can be had; while a step is traced they may not."""
+    if all(backend.concrete(member.variable) is not None for member in group.members):
+        with backend.eagerly():
+            require_equal(group)
 
 
 def listing(members: Iterable[Member]) -> str:

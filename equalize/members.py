@@ -5,6 +5,7 @@ import weakref
 from typing import Any
 
 import keras
+from keras import ops
 
 from equalize import backend
 from equalize.errors import EqualizeError
@@ -89,6 +90,22 @@ class Member:
     def show(self, common: Tensor) -> Tensor:
         """What the member becomes for a common value; what its view does not cover stays."""
         return common if self.view is None else self.view.forward(common, backend.read(self.variable))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the view covers every entry of the variable, so that none of it is free."""
+        return math.prod(self.common_shape) == math.prod(self.variable.shape)
+
+    def pull_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient with respect to the common value, from that of the member."""
+        return gradient if self.view is None else self.view.adjoint(backend.tensor(gradient))
+
+    def show_gradient(self, gradient: Tensor, own: Tensor | None) -> Tensor:
+        """The gradient of the member in the common value's place; what its view does not cover keeps its own."""
+        if self.view is None:
+            return gradient
+        own = ops.zeros(self.variable.shape, gradient.dtype) if own is None else own
+        return self.view.forward(gradient / self.gain**2, own)
 
     def __str__(self) -> str:
         variable = self.variable

@@ -8,12 +8,15 @@ import keras
 from equalize.errors import GroupMismatchError, NotLinkedError
 
 
-def paired_weights(name: str, layers: Sequence[keras.Layer]) -> dict[str, list[keras.Variable]]:
-    """The trainable weights of layers of one structure, side by side.
+def paired_weights(
+    task: str, layers: Sequence[keras.Layer], *, trainable: bool = True
+) -> dict[str, list[keras.Variable]]:
+    """The weights of layers of one structure, side by side.
 
     Args:
-        name: Name of the tie, for messages.
-        layers: Built layers or models.
+        task: What they are wanted for, as messages begin: "Cannot tie layers into group 'blocks'".
+        layers: Layers or models.
+        trainable: Whether only weights that were made trainable are meant.
 
     Returns:
         The weights of all layers by their common place inside the layer, for instance
@@ -25,41 +28,44 @@ def paired_weights(name: str, layers: Sequence[keras.Layer]) -> dict[str, list[k
     """
     by_layer = []
     for layer in layers:
-        places = dict(_places(layer))
+        places = dict(_places(layer, trainable))
         if not places:
             raise NotLinkedError(
-                f"Cannot tie layer '{layer.name}' into group '{name}': it has no weights"
+                f"{task}: layer '{layer.name}' has no weights"
                 f"{'' if layer.built else ', since it is not built'}. Expected: a built layer with weights. "
-                "Build it, or call it once, before it is tied."
+                "Build it, or call it once, before."
             )
         by_layer.append(places)
     for layer, places in zip(layers[1:], by_layer[1:], strict=True):
         if list(places) != list(by_layer[0]):
             raise GroupMismatchError(
-                f"Cannot tie layers into group '{name}': their structures differ.\n"
+                f"{task}: their structures differ.\n"
                 f"Expected, set by {_outline(layers[0], by_layer[0])}\n"
                 f"Received {_outline(layer, places)}\n"
-                "Tie layers of one structure, or tie their variables one by one."
+                "Take layers of one structure, or their variables one by one."
             )
     return {place: [places[place] for places in by_layer] for place in by_layer[0]}
 
 
-def _places(layer: keras.Layer, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, keras.Variable]]:
-    """The weights that were made trainable, frozen or not, with their places in the tree of layers.
+def _places(
+    layer: keras.Layer, trainable: bool, prefix: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, keras.Variable]]:
+    """The weights, frozen or not, with their places in the tree of layers.
 
     Keras numbers layers in the order of their making, so siblings are told apart by their order among those of one
     base name: `dense_7` and `dense_8` are `dense` and `dense_1` in every layer.
     """
     seen = set() if seen is None else seen
     taken: dict[str, int] = {}
-    for variable in layer._trainable_variables:
+    for variable in layer._trainable_variables + ([] if trainable else layer._non_trainable_variables):
         if id(variable) not in seen:
             seen.add(id(variable))
             yield prefix + _numbered(variable.name, taken), variable
     for child in layer._layers:
         if id(child) not in seen:
             seen.add(id(child))
-            yield from _places(child, f"{prefix}{_numbered(re.sub(r'_[0-9]+$', '', child.name), taken)}/", seen)
+            below = f"{prefix}{_numbered(re.sub(r'_[0-9]+$', '', child.name), taken)}/"
+            yield from _places(child, trainable, below, seen)
 
 
 def _numbered(base: str, taken: dict[str, int]) -> str:

@@ -1,0 +1,359 @@
+"""Optimizers that tie: one update for a whole group, from the sum of its members' gradients."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from equalize import backend, binding, matching
+from equalize.errors import EqualizeError, NotLinkedError
+from equalize.groups import Group
+from equalize.members import Member
+from equalize.projections import Tensor
+from equalize.registry import GroupRegistry
+
+_REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True)
+class _Lead:
+    """A hard group in one optimizer.
+
+    Attributes:
+        group: The group.
+        moving: The members that may move and that the optimizer trains, by their index among its variables.
+        leader: The index of the member that is updated for all; None where an anchor holds the group.
+    """
+
+    group: Group
+    moving: dict[int, Member]
+    leader: int | None
+
+    @property
+    def handed(self) -> set[int]:
+        """The indices that the inner optimizer gets: the leader, and members that a view leaves free entries in."""
+        return {index for index, member in self.moving.items() if index == self.leader or not member.whole}
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class TiedOptimizer(keras.optimizers.Optimizer):
+    """Trains the hard groups of a registry as if the members of each were one shared variable.
+
+    Averaging is not sharing: under `equalize.constraints.Equal` alone every member has slots of its own, and with
+    Adam the mean of n updates is not the update of the mean. This optimizer sums the members' gradients, which is the
+    gradient of one shared variable, lets the inner optimizer update one member of each group, and copies the result
+    to the others. From an equal start the run is that of a model that shares the variable, for every Keras optimizer
+    and with whatever the inner optimizer does besides (weight decay, clipping, averages of weights, gradient
+    accumulation, loss scaling). It holds one set of slots a group, so a step costs less than that of the untied model.
+
+    Through views the gradient of the common value is the sum of the adjoints, Σ Vᵢᵀ(gᵢ). Missing gradients count as
+    zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not
+    tied, are trained as ever. Entries of a member that a `Slice` leaves free have slots of their own.
+
+    The learning rate, `iterations`, `variables` and what callbacks do with them are the inner optimizer's. Settings
+    of a member for itself, for instance `exclude_from_weight_decay`, count if they are those of the first member.
+    `keras.callbacks.SwapEMAWeights` swaps the first member of a group only.
+
+    After loading a model with its optimizer, link before training on: `model.optimizer.registry.link(model)`.
+
+    Args:
+        inner_optimizer: A Keras optimizer, its name or its config. A `LossScaleOptimizer` may be inside or around.
+        registry: The `equalize.GroupRegistry` whose hard groups are trained so. It may be linked after this, but
+            before training.
+        reduction: `"sum"` for the numbers of one shared variable, or `"mean"`: the sum divided by the number of
+            members that may move.
+        name: Name of the optimizer.
+
+    Raises:
+        TypeError: `registry` is no registry.
+        EqualizeError: `reduction` is unknown, or `inner_optimizer` is a `TiedOptimizer` or no optimizer.
+        NotLinkedError: Training starts, and no hard group of the registry has a variable that is trained.
+        TieBrokenError: Training starts, and the members of a hard group are not equal.
+
+    Example:
+    >>> import keras, numpy as np, equalize
+    >>> inputs = keras.Input((3,))
+    >>> left, right = (keras.layers.Dense(2, kernel_constraint=equalize.constraints.Equal("towers")) for _ in range(2))
+    >>> model = keras.Model(inputs, keras.layers.Add()([left(inputs), right(inputs)]))
+    >>> registry = equalize.GroupRegistry().link(model)
+    >>> model.compile(equalize.optimizers.TiedOptimizer(keras.optimizers.Adam(), registry), "mse")
+    >>> history = model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    >>> registry.spread()
+    {'towers': 0.0}
+
+    Reference:
+        Rumelhart, Hinton and Williams, Learning internal representations by error propagation (1986), for the sum of
+        the gradients of tied weights.
+    """
+
+    def __init__(self, inner_optimizer: Any, registry: GroupRegistry, *, reduction: str = "sum", name: Any = None):
+        if not isinstance(registry, GroupRegistry):
+            raise TypeError(
+                f"`registry` must be an `equalize.GroupRegistry`. Received: {registry!r} of type {type(registry)}."
+            )
+        if reduction not in _REDUCTIONS:
+            raise EqualizeError(f"`reduction` must be one of {list(_REDUCTIONS)}. Received: {reduction!r}.")
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = _checked_optimizer(inner_optimizer)
+        self.registry = registry
+        self.reduction = reduction
+        self._handed: tuple[int, ...] | None = None
+        self._scaled_outside = False
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Makes the slots: for one member of each group, and for every variable that is not tied.
+
+        Args:
+            variables: All variables to train.
+
+        Raises:
+            NotLinkedError: No hard group of the registry has a member among the variables.
+            TieBrokenError: The members of a hard group are not equal.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        leads = self._leads(variables)
+        for lead in leads:
+            matching.require_equal_if_known(lead.group)
+        if leads or self._handed is None or max(self._handed, default=0) >= len(variables):
+            self._require_leads(leads)
+            self._handed = _handed(leads, len(variables))
+        self.inner_optimizer.build([variables[index] for index in self._handed])
+        super().build(variables)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The hard groups that are updated as one variable each."""
+        return [lead.group for lead in self._leads(self._trainable_variables)]
+
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        super().apply_gradients(grads_and_vars)
+        return self.iterations
+
+    def apply(self, grads: Sequence[Tensor | None], trainable_variables: Any = None) -> None:
+        if len(grads) == 0:
+            return
+        if not self.built:
+            if trainable_variables is None:
+                raise EqualizeError(
+                    "`apply` was given gradients without variables, and the optimizer is not built. Expected: "
+                    "`apply(gradients, variables)`, or `build(variables)` before."
+                )
+            self.build(list(trainable_variables))
+        if trainable_variables is None:
+            indices = range(len(self._trainable_variables))
+        else:
+            self._check_variables_are_known(trainable_variables)
+            indices = [self._get_variable_index(variable) for variable in trainable_variables]
+        leads = self._leads_as_built()
+        reduced = self._reduced(leads, dict(zip(indices, grads, strict=True)))
+        with _leading(leads):
+            variables = [self._trainable_variables[index] for index in reduced]
+            self.inner_optimizer.apply(list(reduced.values()), variables)
+        _follow(leads)
+
+    def stateless_apply(
+        self,
+        optimizer_variables: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        trainable_variables: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        if not self.built:
+            raise EqualizeError("`stateless_apply` needs an optimizer that is built. Call `build(variables)` before.")
+        variables = self._trainable_variables
+        scales = zip(self.inner_optimizer.variables, optimizer_variables, strict=True)
+        values = zip(variables, trainable_variables, strict=True)
+        with keras.StatelessScope(state_mapping=[*values, *scales]) as scope:
+            leads = self._leads_as_built()
+            reduced = self._reduced(leads, dict(enumerate(grads)))
+            handed = [variables[index] for index in self._handed or ()]
+            with _leading(leads):
+                new_values, slots = self.inner_optimizer.stateless_apply(
+                    list(optimizer_variables),
+                    [reduced.get(index) for index in self._handed or ()],
+                    [variable.value for variable in handed],
+                )
+            for variable, value in zip(handed, new_values, strict=True):
+                variable.assign(value)
+            _follow(leads)
+            return [scope.get_current_value(variable) for variable in variables], slots
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        self.inner_optimizer.finalize_variable_values([self._trainable_variables[i] for i in self._handed or ()])
+        _follow(self._leads_as_built())
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return self.inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The inner optimizer's variables; there are no others."""
+        return self.inner_optimizer.variables
+
+    @property
+    def iterations(self) -> Any:
+        """How many updates were made."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate, which can be set."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def loss_scale_factor(self) -> Any:
+        """The inner optimizer's factor of the loss. A `LossScaleOptimizer` around takes it away, as Keras does."""
+        return self.inner_optimizer.loss_scale_factor if hasattr(self, "inner_optimizer") else None
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: Any) -> None:
+        if hasattr(self, "inner_optimizer"):  # before that it is the base class that initializes
+            self.inner_optimizer.loss_scale_factor = factor
+            self._scaled_outside = isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        self.inner_optimizer.set_weights(weights)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Nothing: the inner optimizer, which Keras saves beside this one, has all variables."""
+
+    def load_own_variables(self, store: Any) -> None:
+        """Nothing, as `save_own_variables`."""
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "registry": keras.saving.serialize_keras_object(self.registry),
+            "reduction": self.reduction,
+            "handed": None if self._handed is None else list(self._handed),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "TiedOptimizer":
+        """The optimizer of a config, with a registry that is not linked.
+
+        `handed` says which of the trained variables had slots, since Keras makes those before the ties are linked.
+        """
+        config = dict(config)
+        handed = config.pop("handed", None)
+        for key in ("inner_optimizer", "registry"):
+            config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
+        optimizer = cls(**config)
+        optimizer._handed = None if handed is None else tuple(handed)
+        return optimizer
+
+    def _leads(self, variables: Sequence[keras.Variable]) -> list[_Lead]:
+        """The hard groups among the variables: the registry's, or where it has none those that are on them."""
+        indices = {id(variable): index for index, variable in enumerate(variables)}
+        groups = list(self.registry.values())
+        if not groups:
+            bound = [rule.bound_group for variable in variables for rule in binding.rules_on(variable)]
+            groups = list({id(group): group for group in bound if group is not None}.values())
+        leads = []
+        for group in groups:
+            members = group.members if group.hard else ()
+            moving = {indices[id(m.variable)]: m for m in members if not m.anchor and id(m.variable) in indices}
+            if moving:
+                held = any(member.anchor for member in members)
+                leads.append(_Lead(group, moving, None if held else min(moving, key=lambda i: _detours(moving[i]))))
+        return leads
+
+    def _leads_as_built(self) -> list[_Lead]:
+        """The hard groups now, which must be those that slots were made for."""
+        leads = self._leads(self._trainable_variables)
+        self._require_leads(leads)
+        missing = set(_handed(leads, len(self._trainable_variables))) - set(self._handed or ())
+        if missing:
+            paths = ", ".join(f"'{self._trainable_variables[index].path}'" for index in sorted(missing))
+            raise EqualizeError(
+                f"The optimizer has no slots for {paths}: ties have changed since it was built. Expected: the groups "
+                f"that it was built with; received {self.registry!r}. Make a new TiedOptimizer and compile with it."
+            )
+        return leads
+
+    def _require_leads(self, leads: Sequence[_Lead]) -> None:
+        frozen = any(group.hard and all(m.anchor for m in group.members) for group in self.registry.values())
+        if not leads and not frozen:
+            raise NotLinkedError(
+                "TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are "
+                f"trained; received {self.registry!r}. Link or tie the model's layers before training: "
+                "`registry.link(model)`, and after loading a model `model.optimizer.registry.link(model)`."
+            )
+
+    def _reduced(self, leads: Sequence[_Lead], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
+        """The gradients for the inner optimizer, in the order of the variables: those of a group are one."""
+        reduced = dict(grads)
+        for lead in leads:
+            given = {index: grads[index] for index in lead.moving if grads.get(index) is not None}
+            for index in lead.moving:
+                reduced.pop(index, None)
+            if not given:
+                if lead.leader is not None and not grads.keys().isdisjoint(lead.moving):
+                    reduced[lead.leader] = None
+                continue
+            total = backend.add([lead.moving[index].pull_gradient(gradient) for index, gradient in given.items()])
+            if self.reduction == "mean":
+                total = backend.scale(total, 1.0 / len(lead.moving))
+            for index in lead.handed & ({lead.leader} | given.keys()):
+                part = total if index == lead.leader else keras.ops.zeros_like(total)
+                reduced[index] = lead.moving[index].show_gradient(part, given.get(index))
+        if self._scaled_outside:
+            # A LossScaleOptimizer around this one has unscaled what the one inside expects to be scaled.
+            reduced = {i: None if g is None else self.inner_optimizer.scale_loss(g) for i, g in reduced.items()}
+        return dict(sorted(reduced.items()))
+
+
+def _checked_optimizer(optimizer: Any) -> Any:
+    try:
+        optimizer = keras.optimizers.get(optimizer)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EqualizeError(
+            f"`inner_optimizer` must be a Keras optimizer, its name or its config. Received: {optimizer!r}."
+        ) from error
+    if isinstance(optimizer, TiedOptimizer):
+        raise EqualizeError(
+            "`inner_optimizer` must not be a TiedOptimizer itself. Received: "
+            f"{optimizer!r}. Give one of them a registry with all groups."
+        )
+    return optimizer
+
+
+def _detours(member: Member) -> tuple[bool, bool, bool]:
+    """What speaks against a member as leader: free entries, rounding, any view at all."""
+    return not member.whole, not member.exact, member.view is not None
+
+
+def _handed(leads: Sequence[_Lead], count: int) -> tuple[int, ...]:
+    """The indices of the variables that the inner optimizer gets, among `count`."""
+    kept = set().union(*(lead.handed for lead in leads))
+    tied = {index for lead in leads for index in lead.moving}
+    return tuple(index for index in range(count) if index in kept or index not in tied)
+
+
+@contextlib.contextmanager
+def _leading(leads: Sequence[_Lead]) -> Any:
+    """While the inner optimizer updates: Keras's calls of the groups' constraints project nothing."""
+    with contextlib.ExitStack() as stack:
+        for lead in leads:
+            stack.enter_context(lead.group.led())
+        yield
+
+
+def _follow(leads: Sequence[_Lead]) -> None:
+    """Gives each group what its leader became, or its anchor is."""
+    for lead in leads:
+        if lead.leader is None:
+            lead.group.project()
+        else:
+            lead.group.follow(lead.moving[lead.leader])

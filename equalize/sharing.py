@@ -1,0 +1,248 @@
+"""One variable in several layers, and how two variables are related."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from equalize import backend, binding, pairing
+from equalize.errors import GroupMismatchError
+
+
+def share(*variables_or_layers: Any) -> Any:
+    """Puts the first variable into the layers that own the others: one variable in several layers.
+
+    The classic way to make weights equal, for layers that are built already. Afterwards
+    `left.kernel is right.kernel`; the optimizer sees one variable, whose gradient is the sum over its uses. The
+    variables that are replaced are gone, with the values they had.
+
+    Layers are paired weight by weight, by the place of each trainable weight inside the layer, and each keeps what is
+    not trainable for itself (the moving statistics of a `BatchNormalization`, for instance).
+
+    Share before `compile`. Saving stores the value once a layer, in files that any model of that structure can load,
+    and what is loaded is not shared until `share` is called again. `clone_model` makes separate variables, too.
+
+    Args:
+        *variables_or_layers: Two or more `keras.Variable`s of one shape and dtype, or built layers (models, nested
+            blocks) of one structure. The first variable may be one that no layer owns.
+
+    Returns:
+        The variable that all have now, or the list of them where layers were given.
+
+    Raises:
+        TypeError: Something else than variables, or than layers, is given.
+        NotLinkedError: A layer has no weights yet.
+        GroupMismatchError: Shapes, dtypes, trainability, constraints, regularizers or structures differ; a variable
+            belongs to no layer or is tied; two variables belong to one layer.
+
+    Example:
+    >>> import keras, equalize
+    >>> left, right = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Sequential([keras.Input((2,)), left, right])
+    >>> kernel = equalize.share(left.kernel, right.kernel)
+    >>> left.kernel is right.kernel, len(model.trainable_variables)
+    (True, 3)
+    """
+    given = list(variables_or_layers)
+    if len(given) < 2:
+        raise GroupMismatchError(f"`share` needs at least two variables or layers. Received: {len(given)}.")
+    if all(isinstance(item, keras.Layer) for item in given):
+        groups = list(pairing.paired_weights("Cannot share the weights of layers", given).values())
+        _share(groups)
+        return [variables[0] for variables in groups]
+    for item in given:
+        if not backend.is_variable(item):
+            raise TypeError(
+                "`share` expects `keras.Variable`s (for instance `layer.kernel`), or layers, and not both. "
+                f"Received: {item!r} of type {type(item)}."
+            )
+    _share([given])
+    return given[0]
+
+
+def relation(a: Any, b: Any) -> str | dict[str, str]:
+    """How two variables are related: `"same"` variable, `"equal"` values, or `"different"`.
+
+    Equal values are not a shared variable: training moves two variables apart, and one not. `==` on variables
+    compares values, `is` tells whether there is one variable.
+
+    Args:
+        a: A `keras.Variable`, or a built layer or model.
+        b: Another of the same kind.
+
+    Returns:
+        For variables one of
+
+        - `"same"`: they are one variable;
+        - `"equal"`: they are two, with the same shape, dtype and bits;
+        - `"different"`: anything else.
+
+        For layers and models a dictionary with one of these for each weight, by the weight's place inside the layer.
+
+    Raises:
+        TypeError: The arguments are not both variables, nor both layers.
+        NotLinkedError: A layer has no weights yet.
+        GroupMismatchError: The structures of the layers differ.
+
+    Example:
+    >>> import keras, equalize
+    >>> left, right = (keras.layers.Dense(2, kernel_initializer="ones", name=name) for name in ("left", "right"))
+    >>> model = keras.Sequential([keras.Input((2,)), left, right])
+    >>> equalize.relation(left.kernel, right.kernel)
+    'equal'
+    >>> variable = equalize.share(left.kernel, right.kernel)
+    >>> equalize.relation(left, right)
+    {'kernel': 'same', 'bias': 'equal'}
+    """
+    if isinstance(a, keras.Layer) and isinstance(b, keras.Layer):
+        paired = pairing.paired_weights("Cannot compare layers", [a, b], trainable=False)
+        return {place: _relation(*variables) for place, variables in paired.items()}
+    if backend.is_variable(a) and backend.is_variable(b):
+        return _relation(a, b)
+    raise TypeError(
+        "`relation` expects two `keras.Variable`s, or two layers. "
+        f"Received: {a!r} of type {type(a)} and {b!r} of type {type(b)}."
+    )
+
+
+def _relation(a: keras.Variable, b: keras.Variable) -> str:
+    if a is b:
+        return "same"
+    if tuple(a.shape) != tuple(b.shape) or _dtype(a) != _dtype(b):
+        return "different"
+    one, two = (ops.convert_to_numpy(variable.value) for variable in (a, b))
+    return "equal" if one.tobytes() == two.tobytes() else "different"
+
+
+def _share(groups: list[list[keras.Variable]]) -> None:
+    """Replaces all but the first variable of each group. Everything is checked before anything changes."""
+    layers = _living_layers()
+    replacements = []
+    for kept, *others in groups:
+        for old in others:
+            if old is kept:
+                continue
+            _require_alike(kept, old)
+            owners = [layer for layer in layers if _owns(layer, old)]
+            if not owners:
+                raise GroupMismatchError(
+                    f"Cannot share '{kept.path}': no layer owns '{old.path}', so there is nowhere to put it. Expected: "
+                    "variables of built layers; only the first may be one that no layer owns."
+                )
+            for owner in owners:
+                _require_replaceable(owner, kept, old, others)
+            replacements.append((old, kept, owners))
+    for old, kept, owners in replacements:
+        for owner in owners:
+            _replace(owner, old, kept)
+        for layer in layers:
+            backend.hand_over(layer, old, kept)
+    changed = {id(owner) for _, _, owners in replacements for owner in owners}
+    for model in layers:
+        if isinstance(model, keras.Model) and any(id(layer) in changed for layer in model._flatten_layers()):
+            # Functions that were traced with the old variables would go on with them.
+            model.train_function = model.test_function = model.predict_function = None
+
+
+def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
+    for variable in (kept, old):
+        rule = next(binding.rules_on(variable), None)
+        if rule is not None:
+            raise GroupMismatchError(
+                f"Cannot share '{variable.path}': it has the rule {rule.describe()} of group '{rule.group}'. Expected: "
+                "variables that are not tied. Call `registry.untie(...)`, or leave the rule out of the layer."
+            )
+    for what, expected, received in (
+        ("shape", tuple(kept.shape), tuple(old.shape)),
+        ("dtype", _dtype(kept), _dtype(old)),
+        ("trainable", kept.trainable, old.trainable),
+        ("constraint", binding.config_of(kept.constraint), binding.config_of(old.constraint)),
+        ("regularizer", binding.config_of(kept.regularizer), binding.config_of(old.regularizer)),
+    ):
+        if expected != received:
+            raise GroupMismatchError(
+                f"Cannot share '{kept.path}' with the owner of '{old.path}': expected {what} {expected}, received "
+                f"{received}. One variable has one {what}: make the two agree first."
+            )
+
+
+def _require_replaceable(
+    owner: keras.Layer, kept: keras.Variable, old: keras.Variable, others: list[keras.Variable]
+) -> None:
+    if _owns(owner, kept) or sum(_owns(owner, other) for other in others) > 1:
+        raise GroupMismatchError(
+            f"Cannot share '{kept.path}' with '{old.path}' inside layer '{owner.name}': expected variables of different "
+            "layers; received two of one, which Keras saves and loads by their number. Tie them with "
+            "`equalize.constraints.Equal` instead."
+        )
+    if not any(_holds(value, old) for value in _attributes(owner).values()):
+        raise GroupMismatchError(
+            f"Cannot share '{kept.path}' with layer '{owner.name}': it tracks '{old.path}' but holds it in none of its "
+            "attributes, nor in a list, tuple or dictionary there. Expected: an attribute that can be set."
+        )
+
+
+def _living_layers() -> list[Any]:
+    """All layers there are. Keras variables do not know their layers, and several layers may hold one."""
+    return [item for item in gc.get_objects() if issubclass(type(item), keras.Layer) and hasattr(item, "_tracker")]
+
+
+def _owns(layer: keras.Layer, variable: keras.Variable) -> bool:
+    return any(own is variable for store in _stores(layer) for own in store)
+
+
+def _stores(layer: keras.Layer) -> tuple[list[Any], list[Any]]:
+    return layer._trainable_variables, layer._non_trainable_variables
+
+
+def _replace(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
+    """Puts `new` in the place of `old`, also in the order of the layer's weights, by which Keras saves."""
+    store = next(store for store in _stores(layer) if any(own is old for own in store))
+    index = next(i for i, own in enumerate(store) if own is old)
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    layer._untrack_variable(old)
+    layer._track_variable(new)
+    store.insert(index, store.pop())
+    for name, value in _attributes(layer).items():
+        if _holds(value, old):
+            setattr(layer, name, _exchanged(value, old, new))
+    if locked:
+        layer._tracker.lock()
+
+
+def _attributes(layer: keras.Layer) -> dict[str, Any]:
+    stores = _stores(layer)
+    return {name: value for name, value in vars(layer).items() if not any(value is store for store in stores)}
+
+
+def _holds(value: Any, variable: keras.Variable) -> bool:
+    return value is variable or any(_holds(part, variable) for part in _parts(value))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+
+
+def _exchanged(value: Any, old: keras.Variable, new: keras.Variable) -> Any:
+    """The value with `new` for `old`; lists and dictionaries are changed in place, since others may hold them."""
+    if value is old:
+        return new
+    if isinstance(value, list):
+        value[:] = [_exchanged(part, old, new) for part in value]
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            value[key] = _exchanged(part, old, new)
+    elif isinstance(value, tuple):
+        parts = [_exchanged(part, old, new) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _dtype(variable: keras.Variable) -> str:
+    return keras.backend.standardize_dtype(variable.dtype)
