@@ -14,6 +14,14 @@ import equalize
 
 BACKEND = keras.backend.backend()
 
+# The ways to run a step, the quickest first. PyTorch is always eager; torch.compile has a test of its own.
+MODES = {
+    "tensorflow": {"graph": {"jit_compile": False}, "jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
+    "jax": {"jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
+    "torch": {"eager": {"jit_compile": False}},
+}[BACKEND]
+QUICK = next(iter(MODES))
+
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=3000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -23,7 +31,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def _seeded():
     keras.utils.set_random_seed(7)
     yield
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # collecting garbage would take as long as the test
 
 
 def bits(variable) -> bytes:

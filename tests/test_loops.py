@@ -10,7 +10,7 @@ from keras import ops
 import equalize
 from equalize.constraints import Equal
 from equalize.regularizers import MeanL2, PairwiseL2
-from tests.conftest import BACKEND, bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import BACKEND, MODES, QUICK, bits, bitwise_equal, data, fit, kernels, towers
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -22,14 +22,6 @@ else:
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="GradientTape and tf.function are TensorFlow's")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="only JAX trains without state")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="torch.optim and torch.compile are PyTorch's")
-
-# The ways to run a step, the quickest first.
-MODES = {
-    "tensorflow": {"graph": {"jit_compile": False}, "jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
-    "jax": {"jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
-    "torch": {"eager": {"jit_compile": False}},
-}[BACKEND]
-QUICK = next(iter(MODES))
 
 
 def tied_towers(n=3, *, rate=1.0, **kwargs):

@@ -10,7 +10,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
-from tests.conftest import BACKEND, bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import BACKEND, MODES, QUICK, bits, bitwise_equal, data, fit, kernels, towers
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -18,14 +18,6 @@ elif BACKEND == "jax":
     import jax
 else:
     import torch
-
-# The ways to run a step, the quickest first. PyTorch is always eager; torch.compile has a test of its own.
-MODES = {
-    "tensorflow": {"graph": {"jit_compile": False}, "jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
-    "jax": {"jit": {"jit_compile": True}, "eager": {"run_eagerly": True}},
-    "torch": {"eager": {"jit_compile": False}},
-}[BACKEND]
-QUICK = next(iter(MODES))
 
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(0.01),
