@@ -42,11 +42,14 @@ def findings(groups: Sequence[Group], models: Sequence[keras.Model], *, monitore
     found = [*_unequal(groups)]
     for model in models:
         found += _undone(model)
-        optimizer = _innermost(getattr(model, "optimizer", None))
-        if optimizer is not None:
+        optimizers = _from_outside_in(getattr(model, "optimizer", None))
+        if optimizers:
             own = {id(weight) for weight in model.weights}
-            inside = [group for group in groups if any(id(member.variable) in own for member in group.members)]
-            found += _about_optimizer(inside, optimizer, monitored=monitored)
+            as_one = {id(group) for optimizer in optimizers for group in getattr(optimizer, "groups", ())}
+            known = {id(variable) for variable in optimizers[0]._trainable_variables}
+            for group in groups:
+                if id(group) not in as_one and any(id(member.variable) in own for member in group.members):
+                    found += _about_optimizer(group, optimizers[-1], known, monitored=monitored)
     return list(dict.fromkeys(found))
 
 
@@ -86,54 +89,55 @@ def _undone(model: keras.Model) -> Iterator[Finding]:
                 )
 
 
-def _about_optimizer(groups: Iterable[Group], optimizer: Any, *, monitored: bool) -> Iterator[Finding]:
-    known = {id(variable) for variable in optimizer._trainable_variables}
-    for group in groups:
-        moving = [member.variable for member in group.members if not member.anchor]
-        if group.hard and optimizer.use_ema and not monitored:
-            yield Finding(
-                "ema",
-                group.name,
-                "`use_ema` writes averages over the members at the end of `fit`, which are not equal.",
-                "Train with `callbacks=[equalize.callbacks.TieMonitor(registry)]`, or call "
-                '`registry.sync("mean")` afterwards.',
-            )
-        if group.hard and optimizer.global_clipnorm:
-            yield Finding(
-                "global_clipnorm",
-                group.name,
-                f"`global_clipnorm` counts the gradient of each of the {len(moving)} members, where one shared "
-                "variable would count once, with their sum.",
-                "Expect other clipping than with sharing; `clipnorm` treats each member alone.",
-            )
-        if group.projects and not group.hard and optimizer.gradient_accumulation_steps:
-            yield Finding(
-                "accumulation",
-                group.name,
-                f"the rate {group.rule.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
-                "micro-steps of an update, since Keras calls constraints in all of them.",
-                "Choose the rate for one micro-step: 1 − (1 − rate)^(1/steps).",
-            )
-        decayed = {bool(optimizer._use_weight_decay(variable)) for variable in moving}
-        if optimizer.weight_decay and len(decayed) > 1:
-            yield Finding(
-                "weight_decay",
-                group.name,
-                "weight decay covers some members and not others, so the group decays at a rate in between.",
-                "Exclude all members from weight decay, or none.",
-            )
-        inside = [id(variable) in known for variable in moving]
-        if keras.backend.backend() == "jax" and any(inside) and not all(inside):
-            yield Finding(
-                "optimizers",
-                group.name,
-                "not all members are trained by the optimizer of this model, and on JAX it reaches no other variable.",
-                "Train all members with one optimizer, or apply the optimizers inside one `keras.StatelessScope`.",
-            )
+def _about_optimizer(group: Group, optimizer: Any, known: set[int], *, monitored: bool) -> Iterator[Finding]:
+    """What an optimizer does to a group whose members it updates one by one."""
+    moving = [member.variable for member in group.members if not member.anchor]
+    if group.hard and optimizer.use_ema and not monitored:
+        yield Finding(
+            "ema",
+            group.name,
+            "`use_ema` writes averages over the members at the end of `fit`, which are not equal.",
+            "Train with `callbacks=[equalize.callbacks.TieMonitor(registry)]`, or call "
+            '`registry.sync("mean")` afterwards.',
+        )
+    if group.hard and optimizer.global_clipnorm:
+        yield Finding(
+            "global_clipnorm",
+            group.name,
+            f"`global_clipnorm` counts the gradient of each of the {len(moving)} members, where one shared "
+            "variable would count once, with their sum.",
+            "Expect other clipping than with sharing, or use `equalize.optimizers.TiedOptimizer`; `clipnorm` treats "
+            "each member alone.",
+        )
+    if group.projects and not group.hard and optimizer.gradient_accumulation_steps:
+        yield Finding(
+            "accumulation",
+            group.name,
+            f"the rate {group.rule.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
+            "micro-steps of an update, since Keras calls constraints in all of them.",
+            "Choose the rate for one micro-step: 1 − (1 − rate)^(1/steps).",
+        )
+    decayed = {bool(optimizer._use_weight_decay(variable)) for variable in moving}
+    if optimizer.weight_decay and len(decayed) > 1:
+        yield Finding(
+            "weight_decay",
+            group.name,
+            "weight decay covers some members and not others, so the group decays at a rate in between.",
+            "Exclude all members from weight decay, or none.",
+        )
+    inside = [id(variable) in known for variable in moving]
+    if keras.backend.backend() == "jax" and any(inside) and not all(inside):
+        yield Finding(
+            "optimizers",
+            group.name,
+            "not all members are trained by the optimizer of this model, and on JAX it reaches no other variable.",
+            "Train all members with one optimizer, or apply the optimizers inside one `keras.StatelessScope`.",
+        )
 
 
-def _innermost(optimizer: Any) -> Any:
-    """The optimizer inside its wrappers; None for what is no Keras optimizer."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer if isinstance(optimizer, keras.optimizers.Optimizer) else None
+def _from_outside_in(optimizer: Any) -> list[Any]:
+    """An optimizer and those inside it; empty for what is no Keras optimizer."""
+    nested = [optimizer]
+    while hasattr(nested[-1], "inner_optimizer"):
+        nested.append(nested[-1].inner_optimizer)
+    return nested if isinstance(nested[-1], keras.optimizers.Optimizer) else []

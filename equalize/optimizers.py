@@ -96,11 +96,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         if reduction not in _REDUCTIONS:
             raise EqualizeError(f"`reduction` must be one of {list(_REDUCTIONS)}. Received: {reduction!r}.")
         super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = _checked_optimizer(inner_optimizer)
+        self._scaled_outside = False
+        self._handed: tuple[int, ...] | None = None
         self.registry = registry
         self.reduction = reduction
-        self._handed: tuple[int, ...] | None = None
-        self._scaled_outside = False
+        self.inner_optimizer = _checked_optimizer(inner_optimizer)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the slots: for one member of each group, and for every variable that is not tied.
@@ -212,14 +212,20 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def loss_scale_factor(self) -> Any:
-        """The inner optimizer's factor of the loss. A `LossScaleOptimizer` around takes it away, as Keras does."""
-        return self.inner_optimizer.loss_scale_factor if hasattr(self, "inner_optimizer") else None
+        """What the inner optimizer wants the loss to be multiplied by; None where a wrapper around this one does it."""
+        if not hasattr(self, "inner_optimizer") or self._scaled_outside:
+            return None
+        if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
+            return self.inner_optimizer.scale_loss(1.0)
+        return self.inner_optimizer.loss_scale_factor
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, factor: Any) -> None:
-        if hasattr(self, "inner_optimizer"):  # before that it is the base class that initializes
+        # A LossScaleOptimizer sets it to None on what it wraps (Keras 3.15). TensorFlow's tracking of attributes calls
+        # no setter with the value that is there already, and the base class sets it before there is an inner one.
+        if hasattr(self, "inner_optimizer"):
+            self._scaled_outside = factor is None
             self.inner_optimizer.loss_scale_factor = factor
-            self._scaled_outside = isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         self.inner_optimizer.set_weights(weights)
@@ -308,7 +314,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             for index in lead.handed & ({lead.leader} | given.keys()):
                 part = total if index == lead.leader else keras.ops.zeros_like(total)
                 reduced[index] = lead.moving[index].show_gradient(part, given.get(index))
-        if self._scaled_outside:
+        if self._scaled_outside and isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
             # A LossScaleOptimizer around this one has unscaled what the one inside expects to be scaled.
             reduced = {i: None if g is None else self.inner_optimizer.scale_loss(g) for i, g in reduced.items()}
         return dict(sorted(reduced.items()))
@@ -316,17 +322,19 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
 def _checked_optimizer(optimizer: Any) -> Any:
     try:
-        optimizer = keras.optimizers.get(optimizer)
-    except (ValueError, TypeError, AttributeError) as error:
+        found = keras.optimizers.get(optimizer)
+    except (ValueError, TypeError, AttributeError):
+        found = None
+    if found is None:
         raise EqualizeError(
             f"`inner_optimizer` must be a Keras optimizer, its name or its config. Received: {optimizer!r}."
-        ) from error
-    if isinstance(optimizer, TiedOptimizer):
-        raise EqualizeError(
-            "`inner_optimizer` must not be a TiedOptimizer itself. Received: "
-            f"{optimizer!r}. Give one of them a registry with all groups."
         )
-    return optimizer
+    if isinstance(found, TiedOptimizer):
+        raise EqualizeError(
+            f"`inner_optimizer` must not be a TiedOptimizer itself. Received: {found!r}. Give one of them a registry "
+            "with all groups."
+        )
+    return found
 
 
 def _detours(member: Member) -> tuple[bool, bool, bool]:

@@ -173,8 +173,8 @@ def _require_replaceable(
 ) -> None:
     if _owns(owner, kept) or sum(_owns(owner, other) for other in others) > 1:
         raise GroupMismatchError(
-            f"Cannot share '{kept.path}' with '{old.path}' inside layer '{owner.name}': expected variables of different "
-            "layers; received two of one, which Keras saves and loads by their number. Tie them with "
+            f"Cannot share '{kept.path}' with '{old.path}' inside layer '{owner.name}': expected variables of "
+            "different layers; received two of one, which Keras saves and loads by their number. Tie them with "
             "`equalize.constraints.Equal` instead."
         )
     if not any(_holds(value, old) for value in _attributes(owner).values()):

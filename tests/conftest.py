@@ -74,6 +74,23 @@ def data(samples=32, inputs=5, outputs=1, seed=0):
     return x, y
 
 
+class Recorder(keras.callbacks.Callback):
+    """Keeps what the variables hold before training and after every step."""
+
+    def __init__(self, variables):
+        super().__init__()
+        self.variables = variables
+        self.values = [self._read()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        if BACKEND == "jax":
+            self.model.jax_state_sync()
+        self.values.append(self._read())
+
+    def _read(self):
+        return np.stack([keras.ops.convert_to_numpy(variable.value) for variable in self.variables])
+
+
 class EveryStep(keras.callbacks.Callback):
     """After every step, asserts that the members of every hard group are bitwise equal, and counts the steps."""
 

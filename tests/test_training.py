@@ -10,7 +10,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
-from tests.conftest import BACKEND, MODES, QUICK, bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import BACKEND, MODES, QUICK, Recorder, bits, bitwise_equal, data, fit, kernels, towers
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -34,23 +34,6 @@ OPTIMIZERS = {
     "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)),
     "ema": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3),
 }
-
-
-class Recorder(keras.callbacks.Callback):
-    """Keeps what the variables hold before training and after every step."""
-
-    def __init__(self, variables):
-        super().__init__()
-        self.variables = variables
-        self.values = [self._read()]
-
-    def on_train_batch_end(self, batch, logs=None):
-        if BACKEND == "jax":
-            self.model.jax_state_sync()
-        self.values.append(self._read())
-
-    def _read(self):
-        return np.stack([ops.convert_to_numpy(variable.value) for variable in self.variables])
 
 
 class AfterStep(keras.callbacks.Callback):

@@ -1,0 +1,401 @@
+"""`TiedOptimizer` as an optimizer: what callbacks, files, loops by hand and mistakes make of it."""
+
+import copy
+import functools
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import equalize
+from equalize.constraints import Equal
+from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
+from equalize.optimizers import TiedOptimizer
+from equalize.regularizers import MeanL2
+from tests.conftest import BACKEND, MODES, QUICK, Recorder, bits, bitwise_equal, data, fit, kernels, towers
+
+HARD = functools.partial(Equal, "towers")
+
+
+def tied_towers(n=3, *, seed=1, inner=None, by_hand=False, **kwargs):
+    """A model of towers, its registry, and an optimizer that trains the towers as one."""
+    keras.utils.set_random_seed(seed)
+    model = towers(n, constraint=None if by_hand else HARD, **kwargs)
+    registry = equalize.GroupRegistry()
+    if by_hand:
+        registry.tie("towers", kernels(model), Equal())
+    else:
+        registry.link(model)
+    return model, registry, TiedOptimizer(inner or keras.optimizers.Adam(0.05), registry)
+
+
+def train(model, *callbacks, epochs=2, **kwargs):
+    x, y = data()
+    return model.fit(x, y, epochs=epochs, batch_size=8, shuffle=False, verbose=0, callbacks=[*callbacks], **kwargs)
+
+
+def state(model):
+    """Every weight and every optimizer variable, bit for bit."""
+    return [bits(variable) for variable in [*model.variables, *model.optimizer.variables]]
+
+
+def ones(variables):
+    return [ops.ones(variable.shape) for variable in variables]
+
+
+# ---- slots
+
+
+def test_there_is_one_set_of_slots_a_group():
+    model, _, optimizer = tied_towers(4)
+    assert len(model.trainable_variables) == 10
+    optimizer.build(model.trainable_variables)
+    paths = [tuple(variable.shape) for variable in optimizer.variables]
+    assert paths.count((5, 4)) == 2  # Adam's two for the four kernels
+    assert len(paths) == 2 + 2 * 7  # iterations and learning rate; a kernel, four biases, the head
+    assert [group.name for group in optimizer.groups] == ["towers"]
+
+
+def test_a_member_with_free_entries_has_slots_of_its_own():
+    left, right = keras.Variable(np.ones((2, 2), "float32")), keras.Variable(np.ones((3, 2), "float32"))
+    registry = equalize.GroupRegistry()
+    registry.tie("part", [left, (right, equalize.views.Slice((1, 0), (2, 2)))], Equal())
+    optimizer = TiedOptimizer(keras.optimizers.SGD(0.5, momentum=0.9), registry)
+    optimizer.apply([2 * ops.ones((2, 2)), 4 * ops.ones((3, 2))], [left, right])
+    assert ops.convert_to_numpy(left.value).tolist() == [[-2.0, -2.0]] * 2
+    assert ops.convert_to_numpy(right.value).tolist() == [[-1.0, -1.0], [-2.0, -2.0], [-2.0, -2.0]]
+    assert sorted(tuple(v.shape) for v in optimizer.variables) == [(), (), (2, 2), (3, 2)]
+
+
+# ---- by hand
+
+
+def test_gradients_are_summed_and_missing_ones_count_as_zero():
+    variables = [keras.Variable(np.zeros(2, "float32"), name=f"w{i}") for i in range(3)]
+    for reduction, expected in (("sum", -3.0), ("mean", -1.0)):
+        for variable in variables:
+            variable.assign(np.zeros(2))
+        registry = equalize.GroupRegistry()
+        registry.tie("w", variables, Equal())
+        optimizer = TiedOptimizer(keras.optimizers.SGD(1.0), registry, reduction=reduction)
+        optimizer.build(variables)
+        optimizer.apply([ops.ones(2), None, 2 * ops.ones(2)], variables)
+        assert [ops.convert_to_numpy(v.value).tolist() for v in variables] == [[expected, expected]] * 3
+        registry.untie()
+
+
+def test_one_member_in_the_call_is_enough():
+    variables = [keras.Variable(np.zeros(2, "float32"), name=f"w{i}") for i in range(3)]
+    registry = equalize.GroupRegistry()
+    registry.tie("w", variables, Equal())
+    optimizer = TiedOptimizer(keras.optimizers.SGD(1.0), registry)
+    optimizer.build(variables)
+    assert int(ops.convert_to_numpy(optimizer.apply_gradients([(ops.ones(2), variables[2])]))) == 1
+    assert [ops.convert_to_numpy(v.value).tolist() for v in variables] == [[-1.0, -1.0]] * 3
+    optimizer.apply([ops.ones(2)] * 3)
+    assert [ops.convert_to_numpy(v.value).tolist() for v in variables] == [[-4.0, -4.0]] * 3
+
+
+def test_two_that_each_train_a_part_of_a_group_keep_it_equal():
+    variables = [keras.Variable(np.zeros(2, "float32"), name=f"w{i}") for i in range(3)]
+    registry = equalize.GroupRegistry()
+    registry.tie("w", variables, Equal())
+    for part, value in ((variables[:1], -1.0), (variables[1:], -3.0)):
+        TiedOptimizer(keras.optimizers.SGD(1.0), registry).apply(ones(part), part)
+        assert [ops.convert_to_numpy(v.value).tolist() for v in variables] == [[value, value]] * 3
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has sparse gradients")
+@pytest.mark.parametrize("dense", [False, True])
+def test_sparse_gradients_stay_sparse_unless_one_is_dense(dense):
+    import tensorflow as tf
+
+    class Seen(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            self.sparse = isinstance(gradient, tf.IndexedSlices)
+            super().update_step(gradient, variable, learning_rate)
+
+    tables = [keras.Variable(np.zeros((6, 2), "float32"), name=f"table_{i}") for i in range(2)]
+    registry = equalize.GroupRegistry()
+    registry.tie("tables", tables, Equal())
+    for reduction, factor in (("sum", 1.0), ("mean", 0.5)):
+        optimizer = TiedOptimizer(Seen(1.0), registry, reduction=reduction)
+        rows = [tf.IndexedSlices(tf.ones((2, 2)), tf.constant(i), tf.constant((6, 2))) for i in ([0, 1], [1, 3])]
+        optimizer.apply([rows[0], tf.convert_to_tensor(rows[1])] if dense else rows, tables)
+        assert optimizer.inner_optimizer.sparse != dense
+        expected = -factor * np.array([1, 2, 0, 1, 0, 0])
+        assert [table.numpy()[:, 1].tolist() for table in tables] == [expected.tolist()] * 2
+        registry.sync()
+        for table in tables:
+            table.assign(tf.zeros((6, 2)))
+
+
+# ---- frozen members
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("frozen", [(0,), (2,), (0, 1, 2)], ids=str)
+def test_a_group_with_a_frozen_member_stays_while_the_rest_trains(frozen, mode):
+    keras.utils.set_random_seed(1)
+    model = towers(3, frozen=frozen)
+    for kernel in kernels(model):
+        kernel.assign(np.full((5, 4), 0.25))
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", kernels(model), Equal())
+    optimizer = TiedOptimizer(keras.optimizers.Adam(0.05), registry)
+    head = bits(model.get_layer("head").kernel)
+    fit(model, registry, optimizer=optimizer, **MODES[mode])
+    assert {bits(kernel) for kernel in kernels(model)} == {np.full((5, 4), 0.25, "float32").tobytes()}
+    assert bits(model.get_layer("head").kernel) != head
+    assert (5, 4) not in {tuple(variable.shape) for variable in optimizer.variables}
+
+
+def test_a_value_given_to_a_frozen_member_reaches_the_others():
+    model, registry, optimizer = tied_towers(frozen=(1,))
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    train(model, epochs=1)
+    new = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    kernels(model)[1].assign(new)
+    train(model, epochs=1)
+    assert {bits(kernel) for kernel in kernels(model)} == {new.tobytes()}
+    registry.check()
+
+
+# ---- learning rates and callbacks
+
+
+def test_schedules_and_learning_rates_are_the_inner_optimizers():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    model, _, optimizer = tied_towers(inner=keras.optimizers.SGD(schedule))
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    train(model, epochs=1)
+    assert int(ops.convert_to_numpy(optimizer.iterations)) == 4
+    assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(0.1 * 0.5**2)
+    optimizer = TiedOptimizer("sgd", equalize.GroupRegistry())
+    optimizer.learning_rate = 0.5
+    assert float(ops.convert_to_numpy(optimizer.inner_optimizer.learning_rate)) == 0.5
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_callbacks_set_the_learning_rate(around):
+    model, registry, optimizer = tied_towers(inner=keras.optimizers.SGD(0.5))
+    outer = keras.optimizers.LossScaleOptimizer(optimizer) if around else optimizer
+    model.compile(outer, "mse", **MODES[QUICK])
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=1, min_delta=1e9, factor=0.5)
+    history = train(model, plateau, epochs=3).history
+    assert history["learning_rate"] == [0.5, 0.5, 0.25]
+    train(model, keras.callbacks.LearningRateScheduler(lambda epoch: 0.0), epochs=1)
+    before = bits(kernels(model)[0])
+    train(model, epochs=1)
+    assert bits(kernels(model)[0]) == before
+    registry.check()
+
+
+def test_the_monitor_finds_nothing_to_repair_when_weights_are_averaged():
+    inner = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
+    model, registry, optimizer = tied_towers(inner=inner)
+    monitor = equalize.callbacks.TieMonitor(registry)
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    history = train(model, monitor).history
+    assert history["spread/towers"] == [0.0, 0.0]
+    assert monitor.broken == {}
+    registry.check()
+
+
+def test_nothing_is_found_by_diagnose_that_concerns_members_one_by_one():
+    inner = keras.optimizers.Adam(0.01, global_clipnorm=1.0, use_ema=True, gradient_accumulation_steps=2)
+    model, registry, optimizer = tied_towers(inner=inner)
+    model.compile(optimizer, "mse")
+    optimizer.build(model.trainable_variables)
+    assert registry.diagnose() == []
+    model.compile(inner, "mse")
+    assert {finding.kind for finding in registry.diagnose()} >= {"ema", "global_clipnorm"}
+
+
+# ---- files
+
+
+def link_by_itself(model):
+    return equalize.GroupRegistry().link(model)
+
+
+def link_through_the_optimizer(model):
+    return model.optimizer.registry.link(model)
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "link"),
+    [(False, link_by_itself), (False, link_through_the_optimizer), (True, link_through_the_optimizer)],
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loaded_model_trains_on_as_if_there_had_been_no_break(tmp_path, by_hand, link, scaled):
+    model, _, optimizer = tied_towers(by_hand=by_hand)
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse", **MODES[QUICK])
+    train(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert state(loaded) == state(model)
+    optimizer = loaded.optimizer.inner_optimizer if scaled else loaded.optimizer
+    with pytest.raises(NotLinkedError, match=r"registry\.link\(model\)"):
+        optimizer.apply(ones(loaded.trainable_variables))
+    registry = optimizer.registry.link(loaded) if scaled else link(loaded)
+    for each in (model, loaded):
+        train(each)
+    registry.check()
+    assert state(loaded) == state(model)
+
+
+def test_weights_and_checkpoints_bring_back_the_same_run(tmp_path):
+    model, _, optimizer = tied_towers()
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.weights.h5"), save_weights_only=True)
+    train(model, checkpoint)
+    other, registry, optimizer = tied_towers(seed=2)
+    other.compile(optimizer, "mse", **MODES[QUICK])
+    optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "1.weights.h5")
+    train(other, epochs=1)
+    assert state(other) == state(model)
+    registry.check()
+
+
+def test_the_file_holds_each_slot_once(tmp_path):
+    import h5py
+
+    model, _, optimizer = tied_towers()
+    model.compile(optimizer, "mse")
+    optimizer.build(model.trainable_variables)
+    model.save_weights(tmp_path / "model.weights.h5")
+    shapes = []
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file.visititems(lambda path, item: shapes.append((path, getattr(item, "shape", None))))
+    assert sum(shape == (5, 4) for path, shape in shapes if "optimizer" in path) == 2
+
+
+def test_config_round_trip():
+    model, _, optimizer = tied_towers(by_hand=True, inner=keras.optimizers.AdamW(0.02, weight_decay=0.1))
+    optimizer.reduction = "mean"
+    for _ in range(2):  # before and after slots are made
+        config = json.loads(json.dumps(keras.saving.serialize_keras_object(optimizer)))
+        copied = keras.saving.deserialize_keras_object(config)
+        assert copied.get_config() == optimizer.get_config()
+        assert copied.reduction == "mean"
+        assert isinstance(copied.inner_optimizer, keras.optimizers.AdamW)
+        assert copied.registry.get_config() == optimizer.registry.get_config()
+        optimizer.build(model.trainable_variables)
+
+
+def test_a_copied_model_trains_apart_from_the_original():
+    model, _, optimizer = tied_towers()
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    train(model)
+    before = state(model)
+    other = copy.deepcopy(model)
+    equalize.GroupRegistry().link(other)
+    train(other)
+    assert state(model) == before != state(other)
+
+
+# ---- mistakes
+
+
+def test_it_must_be_linked_before_training():
+    model = towers(2, constraint=HARD)
+    optimizer = TiedOptimizer("adam", equalize.GroupRegistry())
+    with pytest.raises(NotLinkedError, match=r"nothing to tie: .*<GroupRegistry: no groups>.*link\(model\)"):
+        optimizer.build(model.trainable_variables)
+    optimizer.registry.link(model)
+    optimizer.build(model.trainable_variables)
+
+
+def test_a_registry_with_soft_groups_only_has_nothing_to_tie():
+    model = towers(2, regularizer=lambda: MeanL2("towers", 0.1))
+    registry = equalize.GroupRegistry().link(model)
+    with pytest.raises(NotLinkedError, match="expected a registry with a hard group"):
+        TiedOptimizer("adam", registry).build(model.trainable_variables)
+
+
+def test_members_that_differ_are_an_error():
+    model, registry, optimizer = tied_towers(2)
+    kernels(model)[1].assign(np.ones((5, 4)))
+    with pytest.raises(TieBrokenError, match=r"(?s)group 'towers' are not equal.*sync\(\)"):
+        optimizer.build(model.trainable_variables)
+    registry.sync()
+    optimizer.build(model.trainable_variables)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="an error inside `fit` costs the model its weights there")
+@pytest.mark.parametrize("change", ["untie", "tie"])
+def test_ties_that_change_after_slots_were_made_are_an_error(change):
+    model, registry, optimizer = tied_towers(2)
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    train(model, epochs=1)
+    biases = [model.get_layer(f"tower_{i}").bias for i in range(2)]
+    before = [bits(variable) for variable in model.variables]
+    if change == "untie":
+        registry.tie("biases", [biases[1], biases[0]], Equal(), initial="mean")
+        registry.untie("towers")
+        before = [bits(variable) for variable in model.variables]
+        model.make_train_function(force=True)
+        with pytest.raises(EqualizeError, match=r"no slots for 'tower_1/kernel': ties have changed"):
+            train(model, epochs=1)
+        assert [bits(variable) for variable in model.variables] == before
+    else:
+        registry.tie("biases", biases, Equal())
+        model.make_train_function(force=True)
+        train(model, epochs=1)  # fewer slots are needed than there are
+        registry.check()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="an optimizer loses writes to variables of others on JAX only")
+def test_a_member_that_the_step_cannot_reach_is_an_error():
+    model, _, optimizer = tied_towers(3)
+    part = kernels(model)[:2]
+    optimizer.build(part)
+    values = [variable.value for variable in part]
+    before = [bits(variable) for variable in kernels(model)]
+    with pytest.raises(EqualizeError, match="cannot reach its member 'tower_2/kernel'"):
+        optimizer.stateless_apply([variable.value for variable in optimizer.variables], values, values)
+    assert [bits(variable) for variable in kernels(model)] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"registry": None}, TypeError, "`registry` must be an `equalize.GroupRegistry`"),
+        ({"registry": {}}, TypeError, "`registry` must be"),
+        ({"reduction": "max"}, EqualizeError, r"`reduction` must be one of \['sum', 'mean'\]. Received: 'max'"),
+        ({"reduction": None}, EqualizeError, "`reduction` must be"),
+        ({"inner_optimizer": "no such thing"}, EqualizeError, "`inner_optimizer` must be a Keras optimizer"),
+        ({"inner_optimizer": 3}, EqualizeError, "`inner_optimizer` must be a Keras optimizer"),
+        ({"inner_optimizer": None}, EqualizeError, "`inner_optimizer` must be a Keras optimizer"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, error, message):
+    arguments = {"inner_optimizer": "adam", "registry": equalize.GroupRegistry()} | arguments
+    with pytest.raises(error, match=message):
+        TiedOptimizer(**arguments)
+
+
+def test_one_inside_another_is_refused():
+    inner = TiedOptimizer("adam", equalize.GroupRegistry())
+    with pytest.raises(EqualizeError, match="must not be a TiedOptimizer itself"):
+        TiedOptimizer(inner, equalize.GroupRegistry())
+
+
+def test_gradients_without_variables_need_slots():
+    with pytest.raises(EqualizeError, match=r"`build\(variables\)` before"):
+        TiedOptimizer("adam", equalize.GroupRegistry()).apply([ops.ones(2)])
+
+
+def test_a_plain_optimizer_projects_the_same_groups_again():
+    model, registry, optimizer = tied_towers(2)
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    train(model, epochs=1)
+    model.compile(keras.optimizers.SGD(0.1), "mse", **MODES[QUICK])
+    recorder = Recorder(kernels(model))
+    train(model, recorder, epochs=1)
+    assert all(bitwise_equal(*map(keras.Variable, step)) for step in recorder.values)
+    registry.check()
