@@ -18,7 +18,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
     Averaging is not sharing. Every member is updated from its own gradient, with its own optimizer slots, and then
     all become the mean: the orthogonal projection argmin over p of Σ weight_i · ‖w_i − p‖². With SGD that is one
     shared variable at the learning rate divided by the number of members; with Adam it is something else, since
-    each member has its own moments.
+    each member has its own moments. `equalize.optimizers.TiedOptimizer` gives such a group the numbers of sharing.
 
     A constraint alone knows nothing of the others, so `equalize.GroupRegistry().link(model)` must find the members
     before training. A member that is not trainable is an anchor: it stays, and the others take its value.
