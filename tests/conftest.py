@@ -9,6 +9,7 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import equalize
 
@@ -36,7 +37,7 @@ def _seeded():
 
 def bits(variable) -> bytes:
     """The variable's value, bit for bit."""
-    return keras.ops.convert_to_numpy(variable.value).tobytes()
+    return ops.convert_to_numpy(variable.value).tobytes()
 
 
 def bitwise_equal(*variables) -> bool:
@@ -74,6 +75,14 @@ def data(samples=32, inputs=5, outputs=1, seed=0):
     return x, y
 
 
+def shown_alike(group) -> bool:
+    """Whether the members show one common value, bit for bit where their views lose none."""
+    if not all(member.exact for member in group.members):
+        return group.spread() == 0.0
+    pulled = (member.pull(ops.convert_to_tensor(member.variable.value)) for member in group.members)
+    return len({ops.convert_to_numpy(common).tobytes() for common in pulled}) == 1
+
+
 class EveryStep(keras.callbacks.Callback):
     """After every step, asserts that the members of every hard group are bitwise equal, and counts the steps."""
 
@@ -88,7 +97,7 @@ class EveryStep(keras.callbacks.Callback):
         self.steps += 1
         for name, group in self.registry.items():
             if group.hard:
-                assert bitwise_equal(*(member.variable for member in group.members)), f"{name} at step {self.steps}"
+                assert shown_alike(group), f"{name} at step {self.steps}"
 
 
 def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimizer="adam", **compile_args):
