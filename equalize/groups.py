@@ -188,16 +188,18 @@ class Group:
         return mean if inner is None else ops.cast(inner(mean), mean.dtype)
 
     def _anchored_value(self, anchor: Member) -> Tensor:
-        """The value of an anchor, which an optimizer on JAX does not carry."""
-        if not backend.visible(anchor.variable) and anchor.sighted is not None:
-            return anchor.sighted
-        if backend.visible(anchor.variable) or not backend.purged(anchor.variable):
+        """The value of an anchor. An optimizer on JAX does not carry it, and its variable may hold an outdated one."""
+        if anchor.constant or backend.visible(anchor.variable):
             return backend.read(anchor.variable)
-        raise EqualizeError(
-            f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this step "
-            "does not see it. Expected: a step that computes `model.losses`, as `fit` does, or one that runs the "
-            "optimizer in a `keras.StatelessScope` over all variables of the model."
-        )
+        value = anchor.sighted
+        if value is None:
+            raise EqualizeError(
+                f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this "
+                "step does not see it. Expected: a step that computes the losses of the model, as `fit` does and "
+                "`model.stateless_call(..., return_losses=True)`, and then applies the optimizer; or one that runs "
+                "the optimizer in a `keras.StatelessScope` over all variables of the model."
+            )
+        return value
 
     def _require_reach(self, members: Sequence[Member]) -> None:
         """On JAX a step sees and changes only what its scope carries; elsewhere everything."""
