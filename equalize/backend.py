@@ -41,6 +41,11 @@ def visible(variable: keras.Variable) -> bool:
     return scope is None or scope.get_current_value(variable) is not None
 
 
+def purged(variable: keras.Variable) -> bool:
+    """Whether the variable holds no value here: while `fit` runs on JAX only the compiled step does (Keras 3.15)."""
+    return current_scope() is None and variable._value is None
+
+
 def tracing() -> bool:
     """Whether what is computed here becomes part of a step that JAX compiles."""
     return _BACKEND == "jax" and traced(ops.zeros(()))

@@ -63,6 +63,7 @@ class Group:
             Infinite where one member alone is not a number.
         """
         members = self.members
+        self._require_values(members)
         values = [ops.convert_to_numpy(member.variable.value) for member in members]
         if not values or values[0].size == 0:
             return 0.0
@@ -141,6 +142,7 @@ class Group:
     def penalty(self) -> Tensor:
         """The whole penalty, differentiable in every member that may move."""
         members = self.members
+        self._require_values(members)
         moving = [member for member in members if not member.anchor]
         if not moving:
             return _Statistic(self.rule, members).anchored
@@ -150,6 +152,7 @@ class Group:
     def sync(self, method: str) -> None:
         """Makes the members equal: to the anchors, else to the first of them or to their mean."""
         members = self.members
+        self._require_values(members)
         if method == "mean" or any(member.anchor for member in members):
             value = self._common_value(members)
         else:
@@ -174,6 +177,7 @@ class Group:
                 )
 
     def _common_value(self, members: Sequence[Member]) -> Tensor:
+        self._require_values(members)
         anchors = [member for member in members if member.anchor]
         if anchors:
             self.require_anchors_agree()
@@ -213,6 +217,16 @@ class Group:
                     "optimizer or a loss carries only the variables that it was given, and a change of any other is "
                     "lost. Train all members with one optimizer in one model, or apply the optimizers inside one "
                     "`keras.StatelessScope` that is given the variables of all."
+                )
+
+    def _require_values(self, members: Sequence[Member]) -> None:
+        """In a callback on JAX the model must take its values back from the step before anyone can read them."""
+        for member in members:
+            if backend.purged(member.variable):
+                raise EqualizeError(
+                    f"Group '{self.name}' cannot read its member {member}: while `fit` runs on JAX its value is in the "
+                    "compiled step. Expected: a model that has taken its values back. Call `model.jax_state_sync()` "
+                    "first, as `equalize.callbacks.TieMonitor` does."
                 )
 
     def __repr__(self) -> str:
