@@ -1,6 +1,9 @@
 """What the tests share: small models, and a callback that looks at the members after every step."""
 
 import os
+import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -110,3 +113,15 @@ def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimiz
     model.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0, shuffle=False, callbacks=[watch])
     assert watch.steps > 0
     return watch
+
+
+def in_new_process(function, *arguments) -> int:
+    """Runs a function of a test file in a new process with the same backend; returns the process's exit code."""
+    call = f"from {function.__module__} import {function.__name__} as f; f(*{[str(a) for a in arguments]!r})"
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=root, env=os.environ, capture_output=True, text=True, timeout=300, check=False
+    )
+    if done.returncode > 0:
+        raise AssertionError(done.stderr)
+    return done.returncode

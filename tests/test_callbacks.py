@@ -80,6 +80,19 @@ def test_csv_logger_after_the_monitor_writes_the_spread(tmp_path):
     assert [float(row["spread/towers"]) for row in rows] == history["spread/towers"]
 
 
+def test_tensorboard_after_the_monitor_writes_the_spread(tmp_path):
+    pytest.importorskip("tensorboard", reason="Keras's TensorBoard needs the package of that name on every backend")
+    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    model, registry = tied(rule=SOFT)
+    history = train(model, TieMonitor(registry), keras.callbacks.TensorBoard(str(tmp_path))).history
+    events = EventAccumulator(str(tmp_path / "train"), size_guidance={TENSORS: 0}).Reload()
+    written = events.Tensors("epoch_spread/towers")
+    assert [event.step for event in written] == [0, 1, 2]
+    assert [float(make_ndarray(event.tensor_proto)) for event in written] == pytest.approx(history["spread/towers"])
+
+
 def test_the_progress_bar_shows_the_spread(capsys):
     model, registry = tied(rule=SOFT)
     model.compile("sgd", "mse")
