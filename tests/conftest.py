@@ -78,6 +78,11 @@ def data(samples=32, inputs=5, outputs=1, seed=0):
     return x, y
 
 
+def no_loss(y, prediction):
+    """A loss that leaves a step to what regularizers and constraints do."""
+    return 0.0 * ops.sum(prediction, axis=-1)
+
+
 def shown_alike(group) -> bool:
     """Whether the members show one common value, bit for bit where their views lose none."""
     if not all(member.exact for member in group.members):

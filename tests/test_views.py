@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from keras import ops
 
 import equalize
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Invariant
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.regularizers import MeanL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
 from tests import strategies
-from tests.conftest import MODES, QUICK, EveryStep, bits, fit
+from tests.conftest import MODES, QUICK, EveryStep, bits, fit, no_loss
 
 
 @st.composite
@@ -230,10 +230,6 @@ class Values(keras.callbacks.Callback):
         return [array(layer.kernel.value).copy() for layer in self.layers]
 
 
-def no_loss(y, prediction):
-    return 0.0 * ops.sum(prediction, axis=-1)
-
-
 def values_under(rule, kind):
     """What only the tie does to members that start apart: their values after each step of a `fit`."""
     model, layers, group = tie(kind, rule)
@@ -294,6 +290,7 @@ INNER = {
     "NonNeg": (keras.constraints.NonNeg(), lambda common: np.all(common >= 0.0)),
     "MaxNorm": (keras.constraints.MaxNorm(0.5), lambda common: np.all(np.linalg.norm(common, axis=0) <= 0.5 + 1e-5)),
     "UnitNorm": (keras.constraints.UnitNorm(), lambda common: np.allclose(np.linalg.norm(common, axis=0), 1.0)),
+    "Invariant": (Invariant([Flip(0)]), lambda common: np.array_equal(common, common[::-1])),
     "the user's own": (Ceiling(), lambda common: np.all(common <= np.float32(0.1))),
 }
 
