@@ -42,8 +42,8 @@ def visible(variable: keras.Variable) -> bool:
 
 
 def purged(variable: keras.Variable) -> bool:
-    """Whether the variable holds no value here: while `fit` runs on JAX only the compiled step does (Keras 3.15)."""
-    return current_scope() is None and variable._value is None
+    """Whether Keras took the value away: while `fit` runs on JAX only the step holds it (Keras 3.15)."""
+    return variable._value is None
 
 
 def tracing() -> bool:

@@ -195,7 +195,7 @@ class Group:
         """The value of an anchor. An optimizer on JAX does not carry it, and its variable may hold an outdated one."""
         if anchor.constant or backend.visible(anchor.variable):
             return backend.read(anchor.variable)
-        value = anchor.sighted
+        value = anchor.recall()
         if value is None:
             raise EqualizeError(
                 f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this "
@@ -222,7 +222,7 @@ class Group:
     def _require_values(self, members: Sequence[Member]) -> None:
         """In a callback on JAX the model must take its values back from the step before anyone can read them."""
         for member in members:
-            if backend.purged(member.variable):
+            if backend.current_scope() is None and backend.purged(member.variable):
                 raise EqualizeError(
                     f"Group '{self.name}' cannot read its member {member}: while `fit` runs on JAX its value is in the "
                     "compiled step. Expected: a model that has taken its values back. Call `model.jax_state_sync()` "

@@ -60,10 +60,9 @@ class Member:
         """Remembers the value that the loss of a step sees, for the scope of its optimizer, which does not carry it."""
         self._sighting = _Sighting(backend.read(self.variable)) if backend.visible(self.variable) else None
 
-    @property
-    def sighted(self) -> Tensor | None:
-        """The value that `sight` saw, where that was in the same step."""
-        return None if self._sighting is None else self._sighting.value
+    def recall(self) -> Tensor | None:
+        """The value that `sight` saw, where that was in the step that the current scope belongs to."""
+        return None if self._sighting is None else self._sighting.serve(in_fit=backend.purged(self.variable))
 
     @property
     def common_shape(self) -> tuple[int, ...]:
@@ -110,9 +109,11 @@ class _Sighting:
         self._tracing = backend.tracing()
         self._scope: weakref.ref[Any] | None = None
 
-    @property
-    def value(self) -> Tensor | None:
+    def serve(self, *, in_fit: bool) -> Tensor | None:
+        """The value, if the scope that asks is the first to and may know it."""
         scope = backend.current_scope()
         if self._scope is None:
             self._scope = weakref.ref(scope)
-        return self._value() if self._scope() is scope and self._tracing == backend.tracing() else None
+        # `fit` never compiles an optimizer apart from its loss; eagerly, loss scaling still has JAX trace it.
+        one_step = in_fit or self._tracing == backend.tracing()
+        return self._value() if one_step and self._scope() is scope else None
