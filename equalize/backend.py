@@ -42,8 +42,13 @@ def visible(variable: keras.Variable) -> bool:
 
 
 def purged(variable: keras.Variable) -> bool:
-    """Whether Keras took the value away: while `fit` runs on JAX only the compiled step holds it (Keras 3.15)."""
+    """Whether Keras took the value away: while `fit` runs on JAX only the step holds it (Keras 3.15)."""
     return variable._value is None
+
+
+def tracing() -> bool:
+    """Whether what is computed here becomes part of a step that JAX compiles."""
+    return _BACKEND == "jax" and traced(ops.zeros(()))
 
 
 def is_variable(x: Any) -> bool:
@@ -76,7 +81,7 @@ def concrete(variable: keras.Variable) -> np.ndarray | None:
 
         with tf.init_scope():
             return None if tf.distribute.has_strategy() else value.numpy()
-    if value is None or _traced(value):
+    if value is None or traced(value):
         return None
     return ops.convert_to_numpy(value)
 
@@ -107,7 +112,7 @@ def own_copy(value: Tensor) -> Tensor:
     JAX donates the buffers of all variables to the compiled step and refuses to donate one twice. A trace has no
     buffers yet, and the other backends copy by themselves.
     """
-    if _BACKEND == "jax" and not _traced(value):
+    if _BACKEND == "jax" and not traced(value):
         import jax.numpy as jnp
 
         return jnp.array(value, copy=True)
@@ -168,7 +173,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return ops.sum(ops.square(x))
 
 
-def _traced(value: Tensor) -> bool:
+def traced(value: Tensor) -> bool:
     """Whether the value is a placeholder of a JAX trace."""
     if _BACKEND != "jax":
         return False

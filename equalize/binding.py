@@ -1,6 +1,6 @@
 """Putting a rule on a variable and taking it off, with respect for what else is there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -42,14 +42,20 @@ def detach(group: Group) -> None:
         member.variable.regularizer = _without(member.variable.regularizer, group)
 
 
-def inner_for(name: str, rule: Rule, members: list[Member]) -> list[Any]:
+def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: Group | None = None) -> list[Any]:
     """What a new rule finds on the variables and keeps as its `inner`, one entry a member.
+
+    Args:
+        name: Name of the group that the rule is for.
+        rule: The rule.
+        members: The members.
+        besides: A group whose rules are about to go.
 
     Raises:
         GroupMismatchError: The rule and a variable each bring one, or the members of a projection bring different
             ones: there is one common value, so there can be one constraint.
     """
-    found = [_existing(member.variable, rule.slot) for member in members]
+    found = [_existing(member.variable, rule.slot, besides) for member in members]
     for member, existing in zip(members, found, strict=True):
         if rule.inner is not None and existing is not None and config_of(rule.inner) != config_of(existing):
             raise GroupMismatchError(
@@ -71,19 +77,19 @@ def inner_for(name: str, rule: Rule, members: list[Member]) -> list[Any]:
     return kept
 
 
-def _existing(variable: keras.Variable, slot: str) -> Any:
-    existing = getattr(variable, slot)
+def _existing(variable: keras.Variable, slot: str, besides: Group | None) -> Any:
+    existing = _without(getattr(variable, slot), besides)
     return existing.inner if isinstance(existing, Sighting) else existing
 
 
-def _without(rule: Any, group: Group) -> Any:
-    if not isinstance(rule, Rule):
+def _without(rule: Any, group: Group | None) -> Any:
+    """A rule and what it carries inside, without those of a group."""
+    if not isinstance(rule, Rule) or group is None:
         return rule
     inner = _without(rule.inner, group)
     if rule.bound_group is group:
         return inner
-    rule.inner = inner
-    return rule
+    return rule if inner is rule.inner else rule.around(inner)
 
 
 def config_of(rule: Any) -> Any:

@@ -31,7 +31,8 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         weight: The member's positive weight in the mean.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras constraint for the common value, as an object, a config or a name. For a convex one the
-            result is the exact projection onto "all equal and each satisfies `inner`".
+            result is the exact projection onto "all equal and each satisfies `inner`"; for another, such as
+            `UnitNorm`, it is `inner` of the mean and no more.
 
     Raises:
         EqualizeError: `group` is empty, `rate` or `weight` is out of range, or `inner` ties as well.

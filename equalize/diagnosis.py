@@ -65,8 +65,11 @@ def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
 
 
 def _undone(model: keras.Model) -> Iterator[Finding]:
-    """Rules that a layer declares and its variables do not have, or have unlinked."""
+    """Rules that a layer declares and its variables do not have, or have unlinked, and kernels under LoRA."""
     for layer in model._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            yield from _under_lora(layer)
+            continue
         present = {(type(rule), rule.group): rule for weight in layer.weights for rule in rules_on(weight)}
         for rule in vars(layer).values():
             if not isinstance(rule, Rule) or not layer.built:
@@ -77,7 +80,7 @@ def _undone(model: keras.Model) -> Iterator[Finding]:
                     "dropped",
                     layer.name,
                     f"the layer was given {rule.describe()} of group '{rule.group}', and none of its variables has it.",
-                    "LoRA, quantization and assigning `variable.constraint` do that: tie what the layer has now with "
+                    "Quantization and assigning `variable.constraint` do that: tie what the layer has now with "
                     "`registry.tie`, or leave the layer out of them.",
                 )
             elif found.bound_group is None:
@@ -87,6 +90,18 @@ def _undone(model: keras.Model) -> Iterator[Finding]:
                     f"{rule.describe()} of group '{rule.group}' is not linked.",
                     "Call `registry.link(model)`.",
                 )
+
+
+def _under_lora(layer: keras.Layer) -> Iterator[Finding]:
+    """Keras 3.15 freezes a kernel under LoRA and hands its regularizer to the two factors of what is added to it."""
+    for rule in (rule for weight in layer.weights for rule in rules_on(weight)):
+        yield Finding(
+            "lora",
+            layer.name,
+            f"LoRA has frozen a kernel of group '{rule.group}' and trains an addition to it, which is not tied.",
+            "Leave tied layers out of LoRA; or give no rule to the layers, tie their kernels with `registry.tie`, and "
+            "tie the `lora_kernel_a` and the `lora_kernel_b` of all members, too.",
+        )
 
 
 def _about_optimizer(group: Group, optimizer: Any, known: set[int], *, monitored: bool) -> Iterator[Finding]:

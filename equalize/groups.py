@@ -23,13 +23,12 @@ class Group:
 
     Attributes:
         name: The group's name.
-        rule: The rule, for instance `equalize.constraints.Equal()`.
         declared: Whether layers carry the rule in their configs, so that `link` finds it again in a copy of the model.
     """
 
     def __init__(self, name: str, members: Sequence[Member], rule: Any, *, declared: bool = False):
         self.name = name
-        self.rule = rule
+        self._rule = rule
         self.declared = declared
         self._members = tuple(members)
         self._watches: dict[Member, freshness.Watch] = {}
@@ -41,6 +40,36 @@ class Group:
     def members(self) -> tuple[Member, ...]:
         """The members whose variables still exist."""
         return tuple(member for member in self._members if member.alive)
+
+    @property
+    def rule(self) -> Any:
+        """The rule, for instance `equalize.constraints.Equal()`.
+
+        It can be replaced, to go from a soft tie to a hard one, for instance:
+        `registry["towers"].rule = equalize.constraints.Equal()`. Members, views and weights stay as they are, and so
+        do values: what is made hard becomes equal, to its mean, in the next step. The next step of `fit` follows the
+        new rule, also inside a callback; a step that was compiled by hand must be compiled anew. Layers that declare
+        a rule keep that one in their configs.
+
+        Raises:
+            TypeError: The new rule is no rule.
+            EqualizeError: It names another group, or a view.
+            GroupMismatchError: The members do not fit it, or it would be the second hard rule of a variable.
+        """
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Any) -> None:
+        from equalize import planning  # which makes groups, and so imports this module
+
+        planning.replace(self, rule)
+
+    def adopt(self, rule: Any) -> None:
+        """Takes a rule that is bound to the members, and forgets what was computed under the one before."""
+        self._rule = rule
+        self._statistic = None
+        self._watches.clear()
+        self._uncalled = set()
 
     @property
     def hard(self) -> bool:
@@ -65,6 +94,7 @@ class Group:
             Infinite where one member alone is not a number.
         """
         members = self.members
+        self._require_values(members)
         values = [ops.convert_to_numpy(member.variable.value) for member in members]
         if not values or values[0].size == 0:
             return 0.0
@@ -178,6 +208,7 @@ class Group:
     def penalty(self) -> Tensor:
         """The whole penalty, differentiable in every member that may move."""
         members = self.members
+        self._require_values(members)
         moving = [member for member in members if not member.anchor]
         if not moving:
             return _Statistic(self.rule, members).anchored
@@ -187,6 +218,7 @@ class Group:
     def sync(self, method: str) -> None:
         """Makes the members equal: to the anchors, else to the first of them or to their mean."""
         members = self.members
+        self._require_values(members)
         if method == "first" and not any(member.anchor for member in members):
             self.follow(members[0])
             return
@@ -211,6 +243,7 @@ class Group:
                 )
 
     def _common_value(self, members: Sequence[Member]) -> Tensor:
+        self._require_values(members)
         anchors = [member for member in members if member.anchor]
         if anchors:
             self.require_anchors_agree()
@@ -225,16 +258,18 @@ class Group:
         return mean if inner is None else ops.cast(inner(mean), mean.dtype)
 
     def _anchored_value(self, anchor: Member) -> Tensor:
-        """The value of an anchor, which an optimizer on JAX does not carry."""
-        if not backend.visible(anchor.variable) and anchor.sighted is not None:
-            return anchor.sighted
-        if backend.visible(anchor.variable) or not backend.purged(anchor.variable):
+        """The value of an anchor. An optimizer on JAX does not carry it, and its variable may hold an outdated one."""
+        if anchor.constant or backend.visible(anchor.variable):
             return backend.read(anchor.variable)
-        raise EqualizeError(
-            f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this step "
-            "does not see it. Expected: a step that computes `model.losses`, as `fit` does, or one that runs the "
-            "optimizer in a `keras.StatelessScope` over all variables of the model."
-        )
+        value = anchor.recall()
+        if value is None:
+            raise EqualizeError(
+                f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this "
+                "step does not see it. Expected: a step that computes the losses of the model, as `fit` does and "
+                "`model.stateless_call(..., return_losses=True)`, and then applies the optimizer; or one that runs "
+                "the optimizer in a `keras.StatelessScope` over all variables of the model."
+            )
+        return value
 
     def _require_reach(self, members: Sequence[Member]) -> None:
         """On JAX a step sees and changes only what its scope carries; elsewhere everything."""
@@ -248,6 +283,16 @@ class Group:
                     "optimizer or a loss carries only the variables that it was given, and a change of any other is "
                     "lost. Train all members with one optimizer in one model, or apply the optimizers inside one "
                     "`keras.StatelessScope` that is given the variables of all."
+                )
+
+    def _require_values(self, members: Sequence[Member]) -> None:
+        """In a callback on JAX the model must take its values back from the step before anyone can read them."""
+        for member in members:
+            if backend.current_scope() is None and backend.purged(member.variable):
+                raise EqualizeError(
+                    f"Group '{self.name}' cannot read its member {member}: while `fit` runs on JAX its value is in the "
+                    "compiled step. Expected: a model that has taken its values back. Call `model.jax_state_sync()` "
+                    "first, as `equalize.callbacks.TieMonitor` does."
                 )
 
     def __repr__(self) -> str:

@@ -63,11 +63,11 @@ def require_company(name: str, members: Sequence[Member], others: Iterable[str])
     )
 
 
-def require_no_other_hard_group(name: str, members: Sequence[Member]) -> None:
-    """Raises `GroupMismatchError` where a member is projected by another group already."""
+def require_no_other_hard_group(name: str, members: Sequence[Member], besides: Group | None = None) -> None:
+    """Raises `GroupMismatchError` where a member is projected by another group already, leaving out `besides`."""
     for member in members:
         for rule in rules_on(member.variable):
-            if rule.slot == "constraint":
+            if rule.slot == "constraint" and (besides is None or rule.bound_group is not besides):
                 raise GroupMismatchError(
                     f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{rule.group}' already "
                     f"({rule.describe()}), and a variable can be projected by one group only. Name all members in one "

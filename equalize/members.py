@@ -29,7 +29,7 @@ class Member:
     ):
         self._variable = weakref.ref(variable)
         self._constant = variable if constant else None
-        self._sighted: weakref.ref[Any] | None = None
+        self._sighting: _Sighting | None = None
         self.path: str = "constant" if constant else variable.path
         self.view = view
         self.weight = weight
@@ -58,14 +58,12 @@ class Member:
         return not self.variable.trainable
 
     def sight(self) -> None:
-        """Remembers the value that the current step sees, for a scope that does not carry it."""
-        if backend.visible(self.variable):
-            self._sighted = weakref.ref(backend.read(self.variable))
+        """Remembers the value that the loss of a step sees, for the scope of its optimizer, which does not carry it."""
+        self._sighting = _Sighting(backend.read(self.variable)) if backend.visible(self.variable) else None
 
-    @property
-    def sighted(self) -> Tensor | None:
-        """The value that `sight` saw, if the step that it belongs to is still being traced."""
-        return None if self._sighted is None else self._sighted()
+    def recall(self) -> Tensor | None:
+        """The value that `sight` saw, where that was in the step that the current scope belongs to."""
+        return None if self._sighting is None else self._sighting.serve(in_fit=backend.purged(self.variable))
 
     @property
     def common_shape(self) -> tuple[int, ...]:
@@ -114,3 +112,25 @@ class Member:
 
     def __repr__(self) -> str:
         return f"<Member {self if self.alive else repr(self.path) + ' (deleted)'}>"
+
+
+class _Sighting:
+    """A value that the loss of a step saw. It serves one scope, that of the step's optimizer, and no later one.
+
+    JAX itself refuses the placeholder of one trace in another. A concrete value says nothing of its step, so one
+    that was seen outside a trace must not be compiled into a step, where it would stay for good.
+    """
+
+    def __init__(self, value: Tensor):
+        self._value = weakref.ref(value)
+        self._tracing = backend.tracing()
+        self._scope: weakref.ref[Any] | None = None
+
+    def serve(self, *, in_fit: bool) -> Tensor | None:
+        """The value, if the scope that asks is the first to and may know it."""
+        scope = backend.current_scope()
+        if self._scope is None:
+            self._scope = weakref.ref(scope)
+        # `fit` never compiles an optimizer apart from its loss; eagerly, loss scaling still has JAX trace it.
+        one_step = in_fit or self._tracing == backend.tracing()
+        return self._value() if one_step and self._scope() is scope else None

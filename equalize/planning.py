@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from equalize import binding, discovery, matching, persistence
-from equalize.errors import GroupMismatchError
+from equalize import binding, discovery, matching, persistence, retracing
+from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
 from equalize.rules import Rule
@@ -59,10 +59,37 @@ def plan(groups: Mapping[str, Group], name: str, members: list[Member], rule: Ru
     if rule.slot == "constraint":
         matching.require_no_other_hard_group(name, members)
     inner = binding.inner_for(name, rule, members)
-    moving = [kept for member, kept in zip(members, inner, strict=True) if not member.constant]
-    group = Group(name, members, rule.template(moving[0] if rule.slot == "constraint" else rule.inner))
+    group = Group(name, members, _for_group(rule, members, inner))
     _require_start(group, initial)
     return Plan(group, rules, inner)
+
+
+def replace(group: Group, rule: Rule) -> None:
+    """Gives a group another rule; its members, their views and weights, and the values stay."""
+    discovery.require_rule(group.name, rule)
+    if rule.view is not None:
+        raise EqualizeError(
+            f"The new rule of group '{group.name}' has the view {rule.view!r}, and the members have their views "
+            f"already. Expected: a rule without a view, {rule.describe()}."
+        )
+    members = group.members
+    matching.require_fit(group.name, members, [rule] * len(members))
+    if rule.slot == "constraint":
+        matching.require_no_other_hard_group(group.name, members, besides=group)
+        group.require_anchors_agree()
+    inner = binding.inner_for(group.name, rule, members, besides=group)
+    binding.detach(group)
+    for member, kept in zip(members, inner, strict=True):
+        if not member.constant:
+            binding.attach(rule, group, member, kept)
+    group.adopt(_for_group(rule, members, inner))
+    retracing.retrace([member.variable for member in members])
+
+
+def _for_group(rule: Rule, members: Sequence[Member], inner: Sequence[Any]) -> Rule:
+    """The rule of a whole group, with the members' common inner constraint where it is a projection."""
+    moving = [kept for member, kept in zip(members, inner, strict=True) if not member.constant]
+    return rule.template(moving[0] if rule.slot == "constraint" else rule.inner)
 
 
 def restore(

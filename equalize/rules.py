@@ -53,6 +53,12 @@ class Rule:
         template.inner = inner
         return template
 
+    def around(self, inner: Any) -> "Rule":
+        """A copy, bound as this one is, with something else inside."""
+        around = self.template(inner)
+        around._binding = self._binding
+        return around
+
     @property
     def bound_group(self) -> "Group | None":
         """The group of a bound rule."""

@@ -1,13 +1,12 @@
 """One variable in several layers, and how two variables are related."""
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras import ops
 
-from equalize import backend, binding, pairing
+from equalize import backend, binding, pairing, retracing
 from equalize.errors import GroupMismatchError
 
 
@@ -118,7 +117,7 @@ def _relation(a: keras.Variable, b: keras.Variable) -> str:
 
 def _share(groups: list[list[keras.Variable]]) -> None:
     """Replaces all but the first variable of each group. Everything is checked before anything changes."""
-    layers = _living_layers()
+    layers = retracing.living_layers()
     replacements = []
     for kept, *others in groups:
         for old in others:
@@ -139,11 +138,7 @@ def _share(groups: list[list[keras.Variable]]) -> None:
             _replace(owner, old, kept)
         for layer in layers:
             backend.hand_over(layer, old, kept)
-    changed = {id(owner) for _, _, owners in replacements for owner in owners}
-    for model in layers:
-        if isinstance(model, keras.Model) and any(id(layer) in changed for layer in model._flatten_layers()):
-            # Functions that were traced with the old variables would go on with them.
-            model.train_function = model.test_function = model.predict_function = None
+    retracing.retrace([kept for kept, *_ in groups], layers)
 
 
 def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
@@ -182,11 +177,6 @@ def _require_replaceable(
             f"Cannot share '{kept.path}' with layer '{owner.name}': it tracks '{old.path}' but holds it in none of its "
             "attributes, nor in a list, tuple or dictionary there. Expected: an attribute that can be set."
         )
-
-
-def _living_layers() -> list[Any]:
-    """All layers there are. Keras variables do not know their layers, and several layers may hold one."""
-    return [item for item in gc.get_objects() if issubclass(type(item), keras.Layer) and hasattr(item, "_tracker")]
 
 
 def _owns(layer: keras.Layer, variable: keras.Variable) -> bool:

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import projections
+from equalize import backend, projections
 from equalize.errors import EqualizeError
 from equalize.projections import Tensor
 from equalize.views import View
@@ -73,7 +73,8 @@ def _signed_permutations(views: tuple[View, ...], shape: tuple[int, ...]) -> lis
                 f"The view {view!r} takes a variable of shape {shape} to another shape, so it is no symmetry of it. "
                 "Expected: views that keep the shape."
             )
-        image = ops.convert_to_numpy(view.forward(ops.convert_to_tensor(probe.reshape(shape)))).reshape(-1)
+        with backend.eagerly():  # the first to ask may be a step that is being traced
+            image = ops.convert_to_numpy(view.forward(ops.convert_to_tensor(probe.reshape(shape)))).reshape(-1)
         source = np.abs(image).astype("int64") - 1
         if not np.array_equal(np.sort(source), np.arange(size)):
             raise EqualizeError(f"The view {view!r} changes more than the order and signs of entries: no group has it.")

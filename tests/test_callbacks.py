@@ -15,7 +15,7 @@ from equalize.constraints import Equal
 from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
 from equalize.regularizers import MeanL2
 from equalize.rules import Rule
-from tests.conftest import EveryStep, bits, bitwise_equal, data, kernels, towers
+from tests.conftest import BACKEND, EveryStep, bits, bitwise_equal, data, kernels, towers
 
 HARD = functools.partial(Equal, "towers")
 SOFT = functools.partial(MeanL2, "towers", 0.5)
@@ -78,6 +78,19 @@ def test_csv_logger_after_the_monitor_writes_the_spread(tmp_path):
     with file.open() as lines:
         rows = list(csv.DictReader(lines))
     assert [float(row["spread/towers"]) for row in rows] == history["spread/towers"]
+
+
+def test_tensorboard_after_the_monitor_writes_the_spread(tmp_path):
+    pytest.importorskip("tensorboard", reason="Keras's TensorBoard needs the package of that name on every backend")
+    import tensorflow as tf  # which Keras writes the files with on every backend
+
+    model, registry = tied(rule=SOFT)
+    history = train(model, TieMonitor(registry), keras.callbacks.TensorBoard(str(tmp_path))).history
+    (file,) = (tmp_path / "train").iterdir()
+    events = map(tf.compat.v1.Event.FromString, tf.data.TFRecordDataset(str(file)).as_numpy_iterator())
+    values = [(event.step, value) for event in events for value in event.summary.value]
+    written = [(step, float(tf.make_ndarray(v.tensor))) for step, v in values if v.tag == "epoch_spread/towers"]
+    assert written == list(enumerate(np.float32(history["spread/towers"]).tolist()))
 
 
 def test_the_progress_bar_shows_the_spread(capsys):
@@ -259,6 +272,34 @@ def test_weights_that_are_restored_at_the_end_are_repaired_by_a_monitor_that_com
     train(model, swap, best, monitor, optimizer=averaging())
     assert list(monitor.broken) == ["towers"]
     registry.check()
+
+
+class Reads(keras.callbacks.Callback):
+    """Reads a registry in the middle of training, before and after the model has taken its values back."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.calls = calls
+
+    def on_train_batch_end(self, batch, logs=None):
+        for call in self.calls:
+            with pytest.raises(EqualizeError, match=r"cannot read its member 'tower_0/kernel'.*jax_state_sync"):
+                call()
+        self.model.jax_state_sync()
+        for call in self.calls:
+            call()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere variables hold their values while training runs")
+@pytest.mark.parametrize("rule", [HARD, SOFT, PARTIAL], ids=["hard", "soft", "partial"])
+def test_what_is_read_before_the_values_are_back_is_an_error_that_says_how_to_get_them(rule):
+    model, registry = tied(rule=rule)
+    calls = [registry.spread, lambda: registry.sync("mean", "towers"), lambda: registry["towers"].value]
+    if rule is SOFT:
+        calls.append(registry.penalty)
+    else:
+        calls.append(registry.project)
+    train(model, Reads(*calls), epochs=1)
 
 
 def test_logs_may_be_missing_in_a_loop_of_ones_own():

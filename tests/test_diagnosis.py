@@ -3,11 +3,12 @@ import gc
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import equalize
 from equalize.constraints import Equal
 from equalize.regularizers import MeanL2
-from tests.conftest import BACKEND, kernels, towers
+from tests.conftest import BACKEND, fit, kernels, towers
 
 
 def linked(optimizer="sgd", rule=lambda: Equal("towers"), **arguments):
@@ -88,12 +89,46 @@ def test_a_constraint_that_quantization_dropped():
     assert finding.subject == "tower_1"
 
 
-def test_a_rule_that_lora_left_behind():
+def test_a_rule_that_a_variable_lost():
     model = towers(2, regularizer=lambda: MeanL2("soft"))
     registry = equalize.GroupRegistry().link(model)
     assert kinds(registry) == []
     kernels(model)[0].regularizer = None
     assert kinds(registry) == ["dropped"]
+
+
+def test_a_tied_kernel_under_lora():
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("hard", kernels(model), Equal())
+    registry.link(model)
+    assert kinds(registry) == []
+    model.get_layer("tower_0").enable_lora(2)
+    assert [(finding.kind, finding.subject) for finding in registry.diagnose()] == [("lora", "tower_0")]
+    assert "'hard'" in registry.diagnose()[0].message
+
+
+def test_a_declared_rule_under_lora():
+    model = towers(2, regularizer=lambda: MeanL2("soft"))
+    registry = equalize.GroupRegistry().link(model)
+    model.get_layer("tower_1").enable_lora(2)
+    assert [(finding.kind, finding.subject) for finding in registry.diagnose()] == [("lora", "tower_1")]
+
+
+def test_kernels_under_lora_are_equal_where_all_of_their_parts_are_tied():
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    layers = [model.get_layer(f"tower_{i}") for i in range(2)]
+    registry.tie("kernel", kernels(model), Equal())
+    for layer in layers:
+        layer.enable_lora(2)
+    for part in ("lora_kernel_a", "lora_kernel_b"):
+        registry.tie(part, [getattr(layer, part) for layer in layers], Equal())
+    before = ops.convert_to_numpy(layers[0].kernel)
+    fit(model, registry)
+    one, two = (ops.convert_to_numpy(layer.kernel) for layer in layers)
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, before)
 
 
 def test_a_rule_that_was_never_linked():

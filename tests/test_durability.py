@@ -6,8 +6,6 @@ import os
 import pathlib
 import pickle
 import signal
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -18,9 +16,8 @@ from equalize.callbacks import TieMonitor
 from equalize.constraints import Equal
 from equalize.errors import NotLinkedError, TieBrokenError
 from equalize.regularizers import MeanL2
-from tests.conftest import EveryStep, bits, bitwise_equal, data, kernels, towers
+from tests.conftest import EveryStep, bits, bitwise_equal, data, in_new_process, kernels, towers
 
-ROOT = pathlib.Path(__file__).parents[1]
 HARD = functools.partial(Equal, "towers")
 
 
@@ -68,17 +65,6 @@ def state(model) -> list[bytes]:
 
 def weights(model) -> list[bytes]:
     return [bits(variable) for variable in model.variables]
-
-
-def in_new_process(function, *arguments) -> int:
-    """Runs a function of this file in a new process with the same backend; returns the process's exit code."""
-    call = f"from tests.test_durability import {function.__name__} as f; f(*{[str(a) for a in arguments]!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", call], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=False
-    )
-    if done.returncode > 0:
-        raise AssertionError(done.stderr)
-    return done.returncode
 
 
 # ---- files, and a new process

@@ -9,6 +9,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
+from equalize.errors import EqualizeError
 from equalize.regularizers import MeanL2, PairwiseL2
 from tests.conftest import BACKEND, MODES, QUICK, bits, bitwise_equal, data, fit, kernels, towers
 
@@ -161,22 +162,110 @@ def test_a_loop_without_state(donate):
     assert bits(kernels(model)[0]) not in seen
 
 
+class HeldLoop:
+    """A loop on JAX, written out of its parts, over three towers of which the second is frozen."""
+
+    def __init__(self):
+        self.model = towers(3, constraint=lambda: Equal("towers"), frozen=(1,))
+        equalize.GroupRegistry().link(self.model)
+        self.optimizer = keras.optimizers.Adam(0.05)
+        self.optimizer.build(self.model.trainable_variables)
+        self.places, self.state = jax_state(self.model, self.optimizer)
+        self.anchor = place_of(kernels(self.model)[1], self.places[1])
+        self.members = [place_of(kernels(self.model)[i], self.places[0]) for i in (0, 2)]
+
+    def gradients(self, trainable, others, *, losses=True):
+        x, y = batches()[0]
+
+        def loss_of(trainable):
+            prediction, _, *more = self.model.stateless_call(trainable, others, x, training=True, return_losses=losses)
+            return ops.mean(ops.square(prediction - y)) + sum(more[0] if losses else [])
+
+        return jax.grad(loss_of)(trainable)
+
+    def apply(self, gradients, trainable, slots):
+        return self.optimizer.stateless_apply(slots, gradients, trainable)
+
+    def apply_in_a_scope_over_all(self, gradients, *state):
+        mapping = [pair for pairs in zip(self.places, state, strict=True) for pair in zip(*pairs, strict=True)]
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            self.optimizer.apply(gradients, self.places[0])
+        return [scope.get_current_value(v) for v in self.places[0]], [
+            scope.get_current_value(v) for v in self.places[2]
+        ]
+
+    def follows(self, step):
+        """Runs steps on states that give the frozen member other values than its variable holds."""
+        trainable, others, slots = self.state
+        for given in (others[self.anchor], jax.numpy.ones((5, 4)), jax.numpy.zeros((5, 4))):
+            others = [given if i == self.anchor else value for i, value in enumerate(others)]
+            trainable, slots = step(trainable, others, slots)
+            assert {np.asarray(trainable[i]).tobytes() for i in self.members} == {np.asarray(given).tobytes()}
+
+
 @on_jax
-def test_a_loop_without_state_takes_the_value_that_its_state_gives_to_a_frozen_member():
-    model = towers(3, constraint=lambda: Equal("towers"), frozen=(1,))
-    equalize.GroupRegistry().link(model)
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("scope_over_all", [True, False])
+def test_a_loop_without_state_takes_the_value_that_its_state_gives_to_a_frozen_member(scope_over_all, jit):
+    loop = HeldLoop()
+
+    def step(trainable, others, slots):
+        gradients = loop.gradients(trainable, others, losses=not scope_over_all)
+        if scope_over_all:
+            return loop.apply_in_a_scope_over_all(gradients, trainable, others, slots)
+        return loop.apply(gradients, trainable, slots)
+
+    loop.follows(jax.jit(step) if jit else step)
+
+
+@on_jax
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "losses", "a step with losses", "validation", "fit"])
+def test_a_loop_that_computes_no_losses_does_not_guess_the_value_of_a_frozen_member(before, jit):
+    loop = HeldLoop()
+    trainable, others, slots = loop.state
+    if before == "losses":
+        assert loop.model.losses
+    elif before == "a step with losses":
+        loop.apply(loop.gradients(trainable, others), trainable, slots)
+    elif before == "validation":
+        loop.model.stateless_call(trainable, others, batches()[0][0], return_losses=True)
+    elif before == "fit":
+        fit(loop.model, epochs=1)
+        trainable, others, slots = jax_state(loop.model, loop.optimizer)[1]
+
+    def step(trainable, others, slots):
+        return loop.apply(loop.gradients(trainable, others, losses=False), trainable, slots)
+
+    values = [np.asarray(value) for value in trainable]
+    with pytest.raises(EqualizeError, match=r"cannot take the value of 'tower_1/kernel'.*return_losses=True"):
+        (jax.jit(step) if jit else step)(trainable, others, slots)
+    assert all(np.array_equal(value, old) for value, old in zip(trainable, values, strict=True))
+
+
+@on_jax
+@pytest.mark.parametrize("jit_gradients", [True, False])
+def test_a_value_that_a_loss_saw_is_not_compiled_into_a_step_of_its_own(jit_gradients):
+    loop = HeldLoop()
+    trainable, others, slots = loop.state
+    gradients = (jax.jit(loop.gradients) if jit_gradients else loop.gradients)(trainable, others)
+    with pytest.raises(EqualizeError, match=r"cannot take the value of 'tower_1/kernel'"):
+        jax.jit(loop.apply)(gradients, trainable, slots)
+
+
+@on_jax
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_loop_that_computes_no_losses_knows_a_constant(jit):
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("held", [*kernels(model), np.full((5, 4), 0.5, "float32")], Equal())
     optimizer = keras.optimizers.Adam(0.05)
     optimizer.build(model.trainable_variables)
-    step = jax_step(model, optimizer, donate=False)
-    places, (trainable, others, slots) = jax_state(model, optimizer)
-    anchor = place_of(kernels(model)[1], places[1])
-    members = [place_of(kernels(model)[i], places[0]) for i in (0, 2)]
-    x, y = batches()[0]
-    for given in (others[anchor], jax.numpy.ones((5, 4)), jax.numpy.zeros((5, 4))):
-        others[anchor] = given
-        trainable, others, slots = step((trainable, others, slots), x, y)
-        values = {np.asarray(value).tobytes() for value in (others[anchor], *(trainable[i] for i in members))}
-        assert values == {np.asarray(given).tobytes()}
+    _, (trainable, _, slots) = jax_state(model, optimizer)
+    apply = jax.jit(optimizer.stateless_apply) if jit else optimizer.stateless_apply
+    trainable, _ = apply(slots, [ops.ones_like(value) for value in trainable], trainable)
+    for kernel in kernels(model):
+        assert np.all(np.asarray(trainable[place_of(kernel, model.trainable_variables)]) == 0.5)
 
 
 @on_torch

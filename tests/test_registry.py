@@ -351,13 +351,19 @@ def test_mapping():
     assert "towers" in repr(registry)
 
 
+@pytest.mark.parametrize("frozen", [(), (1,)], ids=str)
 @pytest.mark.parametrize("train", [False, True])
-def test_the_registry_keeps_no_model_alive(train):
-    model = towers(2, constraint=lambda: Equal("towers"), regularizer=lambda: MeanL2("soft"))
+def test_the_registry_keeps_no_model_alive(train, frozen):
+    model = towers(2, constraint=lambda: Equal("towers"), regularizer=lambda: MeanL2("soft"), frozen=frozen)
     registry = equalize.GroupRegistry().link(model)
+    prior = registry.tie("prior", [model.get_layer("head").kernel, np.ones((8, 1), "float32")], MeanL2())
     if train:
         fit(model, registry)
+        registry.penalty()
+        assert registry.spread()
+    group, member = registry["towers"], registry["towers"].members[0]
     alive = [weakref.ref(weight) for weight in model.weights]
+    alive += [weakref.ref(weight.value) for weight in model.weights]  # the memory itself
     del model
     keras.backend.clear_session()
     gc.collect()
@@ -365,6 +371,10 @@ def test_the_registry_keeps_no_model_alive(train):
     assert len(registry) == 0
     assert registry.spread() == {}
     registry.check()
+    assert group.members == ()
+    assert len(prior.members) == 1  # the constant, which is the group's own
+    with pytest.raises(EqualizeError, match="'tower_0/kernel' no longer exists"):
+        _ = member.variable
 
 
 def test_a_registry_that_is_dropped_leaves_the_tie():

@@ -11,7 +11,7 @@ import equalize
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.regularizers import MeanL2, PairwiseL2
 from tests import strategies
-from tests.conftest import BACKEND, bits, data, fit, kernels, towers
+from tests.conftest import BACKEND, bits, data, fit, kernels, no_loss, towers
 
 
 def mean_l2(values, factor):
@@ -170,6 +170,20 @@ def test_training_equals_training_with_the_penalty_written_out():
 
     for tied_kernel, written in zip(train(True), train(False), strict=True):
         np.testing.assert_allclose(tied_kernel, written, rtol=1e-5, atol=1e-6)
+
+
+def test_a_soft_tie_to_a_constant_pulls_to_it_in_every_step_and_does_not_move_it():
+    # L2-SP of Li, Grandvalet and Davoine (2018): of two, MeanL2 is factor / 2 · ‖w − pretrained‖².
+    model = towers(1)
+    (kernel,) = kernels(model)
+    before = ops.convert_to_numpy(kernel.value).astype("float64")
+    pretrained = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
+    registry = equalize.GroupRegistry()
+    group = registry.tie("prior", [kernel, pretrained], MeanL2(factor=0.4))
+    watch = fit(model, optimizer=keras.optimizers.SGD(0.1), loss=no_loss)
+    expected = pretrained + (before - pretrained) * (1 - 0.1 * 0.4) ** watch.steps
+    np.testing.assert_allclose(ops.convert_to_numpy(kernel.value), expected, rtol=1e-5, atol=1e-6)
+    assert bits(group.members[1].variable) == pretrained.tobytes()
 
 
 def test_inner_regularizer_goes_on_being_added():

@@ -437,8 +437,16 @@ def test_frozen_members_never_move_and_the_others_take_their_value(frozen):
     assert [i for i in range(3) if ops.convert_to_numpy(tower(model, i).bias.value).any()] == free
 
 
-@pytest.mark.parametrize("way", [*(mode for mode in MODES if mode != QUICK), "several", "accumulation", "loss scale"])
-def test_members_take_the_value_of_a_frozen_one_in_each_way_to_run_a_step(way):
+@pytest.mark.parametrize(
+    ("way", "mode"),
+    [
+        *(("plain", mode) for mode in MODES if mode != QUICK),
+        ("several", QUICK),
+        ("accumulation", QUICK),
+        *(("loss scale", mode) for mode in MODES),
+    ],
+)
+def test_members_take_the_value_of_a_frozen_one_in_each_way_to_run_a_step(way, mode):
     if (way, BACKEND) == ("several", "torch"):
         pytest.skip("Keras has no `steps_per_execution` there")
     model, registry = tied_towers(frozen=(1,))
@@ -448,7 +456,7 @@ def test_members_take_the_value_of_a_frozen_one_in_each_way_to_run_a_step(way):
     if way == "loss scale":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
     steps = {"steps_per_execution": 2} if way == "several" else {}
-    train(model, registry, mode=way if way in MODES else QUICK, optimizer=optimizer, **steps)
+    train(model, registry, mode=mode, optimizer=optimizer, **steps)
     assert {bits(kernel) for kernel in kernels(model)} == {anchor}
     assert all(ops.convert_to_numpy(tower(model, i).bias.value).any() for i in (0, 2))
 

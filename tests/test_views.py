@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import keras
@@ -8,12 +9,12 @@ from hypothesis import strategies as st
 from keras import ops
 
 import equalize
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Invariant
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.regularizers import MeanL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
 from tests import strategies
-from tests.conftest import bits, fit
+from tests.conftest import MODES, QUICK, EveryStep, bits, fit, no_loss
 
 
 @st.composite
@@ -184,19 +185,12 @@ def model_of(member_views, **arguments):
     return keras.Model(entrance, keras.layers.Dense(1)(keras.layers.Concatenate()(outputs))), layers
 
 
-class Shown(keras.callbacks.Callback):
-    """Asserts after every step that each member shows bit for bit what the first common value gives it."""
-
-    def __init__(self, group):
-        super().__init__()
-        self.group = group
-        self.steps = 0
-
-    def on_train_batch_end(self, batch, logs=None):
-        if keras.backend.backend() == "jax":
-            self.model.jax_state_sync()
-        assert self.group.spread() == 0.0
-        self.steps += 1
+def tie(kind, rule):
+    """A model whose layers are tied through the views of a kind: the model, its layers and the group."""
+    model, layers = model_of(MEMBER_VIEWS[kind])
+    pairs = zip(layers, MEMBER_VIEWS[kind], strict=True)
+    members = [layer.kernel if view is None else (layer.kernel, view) for layer, view in pairs]
+    return model, layers, equalize.GroupRegistry().tie("g", members, rule)
 
 
 @pytest.mark.parametrize("kind", MEMBER_VIEWS)
@@ -204,17 +198,14 @@ class Shown(keras.callbacks.Callback):
 def test_hard_ties_hold_through_views_after_every_step(kind, jit_compile):
     if jit_compile and keras.backend.backend() == "torch":
         pytest.skip("PyTorch is not compiled")
-    model, layers = model_of(MEMBER_VIEWS[kind])
-    registry = equalize.GroupRegistry()
-    pairs = zip(layers, MEMBER_VIEWS[kind], strict=True)
-    group = registry.tie("g", [layer.kernel if v is None else (layer.kernel, v) for layer, v in pairs], Equal())
+    model, layers, group = tie(kind, Equal())
     assert group.spread() == 0.0
     before = bits(layers[1].kernel)
     x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
     model.compile("adam", "mse", jit_compile=jit_compile)
-    shown = Shown(group)
-    model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0, callbacks=[shown])
-    assert shown.steps == 8
+    watch = EveryStep({"g": group})
+    model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0, callbacks=[watch])
+    assert watch.steps == 8
     assert bits(layers[1].kernel) != before
     for member, view in zip(layers, MEMBER_VIEWS[kind], strict=True):
         if kind in ("transpose", "flip", "rotate", "minus", "slice", "chain"):
@@ -222,16 +213,111 @@ def test_hard_ties_hold_through_views_after_every_step(kind, jit_compile):
             assert array(common if view is None else view.forward(common, value)).tobytes() == array(value).tobytes()
 
 
+class Values(keras.callbacks.Callback):
+    """Keeps what the kernels of layers hold before training and after every step."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+        self.steps = [self._read()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()
+        self.steps.append(self._read())
+
+    def _read(self):
+        return [array(layer.kernel.value).copy() for layer in self.layers]
+
+
+def values_under(rule, kind):
+    """What only the tie does to members that start apart: their values after each step of a `fit`."""
+    model, layers, group = tie(kind, rule)
+    model.compile(keras.optimizers.SGD(0.05), no_loss, **MODES[QUICK])
+    values = Values(layers)
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
+    model.fit(x, x[:, :1], batch_size=8, verbose=0, callbacks=[values])
+    assert len(values.steps) == 5
+    return group.members, values.steps
+
+
+def pulled(member, value):
+    return array(member.pull(ops.convert_to_tensor(value))).astype("float64")
+
+
+def covered(member, common):
+    """The change of a member for a change of the common value; nothing where the view does not cover it."""
+    zeros = ops.zeros(member.variable.shape)
+    common = ops.convert_to_tensor(common.astype("float32"))
+    return array(common if member.view is None else member.view.forward(common, zeros))
+
+
+@pytest.mark.parametrize("kind", MEMBER_VIEWS)
+def test_soft_ties_pull_through_views_by_the_gradient_of_the_penalty_in_every_step(kind):
+    members, steps = values_under(MeanL2(factor=0.3), kind)
+    for before, after in itertools.pairwise(steps):
+        common = [pulled(member, value) for member, value in zip(members, before, strict=True)]
+        for member, old, new, own in zip(members, before, after, common, strict=True):
+            gradient = 2 * 0.3 * covered(member, own - np.mean(common, axis=0)) / member.gain**2
+            assert np.any(new != old)
+            np.testing.assert_allclose(new, old - 0.05 * gradient, rtol=1e-5, atol=1e-6)
+            free = covered(member, np.ones_like(own)) == 0
+            assert np.array_equal(new[free], old[free])
+
+
+@pytest.mark.parametrize("kind", MEMBER_VIEWS)
+def test_partial_ties_pull_through_views_by_their_rate_in_every_step(kind):
+    members, steps = values_under(Equal(rate=0.25), kind)
+    squares = [member.gain**2 for member in members]
+    mean = np.average([pulled(m, value) for m, value in zip(members, steps[0], strict=True)], axis=0, weights=squares)
+    for i, after in enumerate(steps):
+        for member, start, value in zip(members, steps[0], after, strict=True):
+            expected = mean + (pulled(member, start) - mean) * 0.75**i
+            np.testing.assert_allclose(pulled(member, value), expected, rtol=1e-5, atol=1e-5)
+            free = covered(member, np.ones_like(expected)) == 0
+            assert np.array_equal(value[free], start[free])
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Ceiling(keras.constraints.Constraint):
+    """A user's own constraint."""
+
+    def __call__(self, w):
+        return ops.minimum(w, 0.1)
+
+
+INNER = {
+    "NonNeg": (keras.constraints.NonNeg(), lambda common: np.all(common >= 0.0)),
+    "MaxNorm": (keras.constraints.MaxNorm(0.5), lambda common: np.all(np.linalg.norm(common, axis=0) <= 0.5 + 1e-5)),
+    "UnitNorm": (keras.constraints.UnitNorm(), lambda common: np.allclose(np.linalg.norm(common, axis=0), 1.0)),
+    "Invariant": (Invariant([Flip(0)]), lambda common: np.array_equal(common, common[::-1])),
+    "the user's own": (Ceiling(), lambda common: np.all(common <= np.float32(0.1))),
+}
+
+
+@pytest.mark.parametrize("kind", ["transpose", "minus", "slice"])
+@pytest.mark.parametrize("name", INNER)
+def test_an_inner_constraint_holds_for_the_common_value_behind_views_after_every_step(name, kind):
+    inner, holds = INNER[name]
+    model, layers, group = tie(kind, Equal(inner=inner))
+    values = Values(layers)
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
+    watch = EveryStep({"g": group})
+    model.compile(keras.optimizers.SGD(0.2), "mse", **MODES[QUICK])
+    model.fit(x, x[:, :1], batch_size=8, verbose=0, callbacks=[watch, values])
+    assert watch.steps == 4
+    commons = [kernel for kernel, *_ in values.steps[1:]]  # the first member shows the common value as it is
+    assert all(holds(common) for common in commons)
+    assert len({common.tobytes() for common in commons}) == 4
+
+
 @pytest.mark.parametrize("kind", MEMBER_VIEWS)
 def test_projecting_again_changes_no_bit_through_views(kind):
-    _, layers = model_of(MEMBER_VIEWS[kind])
-    registry = equalize.GroupRegistry()
-    pairs = zip(layers, MEMBER_VIEWS[kind], strict=True)
-    registry.tie("g", [layer.kernel if v is None else (layer.kernel, v) for layer, v in pairs], Equal())
-    registry.project()
+    _model, layers, group = tie(kind, Equal())
+    group.project()
     once = [bits(layer.kernel) for layer in layers]
     for _ in range(3):
-        registry.project()
+        group.project()
         assert [bits(layer.kernel) for layer in layers] == once
 
 
