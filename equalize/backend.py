@@ -139,6 +139,28 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return dispatch
 
 
+def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable]) -> list[Tensor | None]:
+    """The gradients of `function()`, a scalar, computed at once; None where there is none."""
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = function()
+        return tape.gradient(value, [variable.value for variable in variables])
+    if _BACKEND == "jax":
+        import jax
+
+        def stateless(values: Sequence[Tensor]) -> Tensor:
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return function()
+
+        return jax.grad(stateless)([variable.value for variable in variables])
+    import torch
+
+    values = [variable.value for variable in variables]
+    return list(torch.autograd.grad(function(), values, allow_unused=True)) if values else []
+
+
 def add(gradients: Sequence[Tensor]) -> Tensor:
     """The sum of gradients of one shape; of sparse ones as TensorFlow sums those of one variable that is used often."""
     if len(gradients) == 1:

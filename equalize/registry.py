@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from equalize import binding, discovery, persistence, planning, reporting
+from equalize.advice import Advice, advise
 from equalize.diagnosis import Finding, findings
 from equalize.errors import EqualizeError, TieBrokenError
 from equalize.groups import Group
@@ -226,6 +227,36 @@ class GroupRegistry(Mapping[str, Group]):
             A list of findings, empty where there is nothing to say. Print one to read it.
         """
         return findings(list(self.values()), list(self._models), monitored=len(self.monitors) > 0)
+
+    def advise(
+        self, model: keras.Model, x: Any, y: Any, *, batch_size: int = 256, print_fn: Any = None
+    ) -> dict[str, Advice]:
+        """Is it worth tying? Prints what data say about each group, and returns it.
+
+        For each group: how well the members' gradients agree on the data, how far apart the members are, and what
+        the loss would be if they were equal now. The penalties of soft groups are left out of the loss, since they
+        are not what data say. Give held-out data to see what tying does to them. To ask before anything is tied, tie
+        softly with `factor=0.0`.
+
+        A rough reading: where gradients agree (cosine well above 0) and the loss hardly rises, tie hard; where they
+        agree and the loss rises, tie softly; where they disagree (cosine at or below 0), leave the members free.
+
+        Args:
+            model: A compiled model that all members belong to.
+            x: Inputs, an array or a structure of arrays.
+            y: Targets, likewise.
+            batch_size: How many samples to look at in one go.
+            print_fn: Called with the table as text; by default it is printed.
+
+        Returns:
+            An `equalize.advice.Advice` for each group, by name.
+
+        Raises:
+            EqualizeError: The model is not compiled or lacks a member, or there are no samples.
+        """
+        advice = advise(list(self.values()), model, x, y, batch_size)
+        reporting.print_advice(advice, print_fn)
+        return {each.group: each for each in advice}
 
     def get_config(self) -> dict[str, Any]:
         """The ties made with `tie`, as JSON-serializable data: rules, paths of variables, views and constants.

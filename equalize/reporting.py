@@ -7,6 +7,7 @@ import rich.console
 import rich.markup
 import rich.table
 
+from equalize.advice import Advice
 from equalize.groups import Group
 
 
@@ -18,12 +19,28 @@ def print_summary(groups: Sequence[Group], findings: int = 0, print_fn: Callable
         findings: How many findings `GroupRegistry.diagnose` has.
         print_fn: Called with the text, free of escape codes; None prints to the terminal, as `model.summary()` does.
     """
+    _print(lambda console: _render(console, groups, findings), print_fn)
+
+
+def print_advice(advice: Sequence[Advice], print_fn: Callable[[str], object] | None = None) -> None:
+    """Prints one row a group: agreement of gradients, distance, and the loss now and tied."""
+    table = rich.table.Table()
+    table.add_column("Group", overflow="fold")
+    for title in ("Gradients agree (cosine)", "Distance", "Loss now", "Loss if tied", "Rise"):
+        table.add_column(title, justify="right")
+    for each in advice:
+        figures = (f"{each.cosine:+.2f}", f"{each.distance:.3g}", f"{each.loss:.4g}", f"{each.tied_loss:.4g}")
+        table.add_row(rich.markup.escape(each.group), *figures, f"{each.rise:+.3g}")
+    _print(lambda console: console.print(table), print_fn)
+
+
+def _print(render: Callable[[rich.console.Console], None], print_fn: Callable[[str], object] | None) -> None:
     if print_fn is None:
-        _render(rich.console.Console(highlight=False), groups, findings)
+        render(rich.console.Console(highlight=False))
         return
     console = rich.console.Console(highlight=False, force_terminal=False, color_system=None)
     with console.capture() as capture:
-        _render(console, groups, findings)
+        render(console)
     print_fn(capture.get())
 
 

@@ -1,0 +1,149 @@
+"""Is it worth tying? What data say about the members of a group."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from equalize import backend
+from equalize.errors import EqualizeError
+from equalize.groups import Group
+from equalize.rules import Rule
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What data say about tying one group.
+
+    Attributes:
+        group: Name of the group.
+        cosine: The mean cosine of the angle between two members' gradients, in [−1, 1]. Near 1 the data pull all
+            members the same way, and one update serves them all; near 0 they have nothing to do with each other;
+            below 0 they pull apart. Not a number where fewer than two members have a gradient.
+        distance: How far apart the members are against their size, √(Σ‖w_i − mean‖² / Σ‖w_i‖²): 0 where they are
+            equal, near 1 for independent random values.
+        loss: The loss on the data as it is.
+        tied_loss: The loss if the members were made equal now, and nothing else changed.
+    """
+
+    group: str
+    cosine: float
+    distance: float
+    loss: float
+    tied_loss: float
+
+    @property
+    def rise(self) -> float:
+        """By how much the loss would rise if the group were tied now."""
+        return self.tied_loss - self.loss
+
+
+def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_size: int) -> list[Advice]:
+    """What the data say about each group, the penalties of the groups themselves left out.
+
+    Raises:
+        EqualizeError: The model is not compiled, has a member that is none of its variables, or there is no data.
+    """
+    if not getattr(model, "compiled", False):
+        raise EqualizeError(f"`advise` needs the loss of '{model.name}'. Call `model.compile(optimizer, loss)` first.")
+    _require_members(groups, model)
+    batches = list(_batches(x, y, batch_size))
+    if not batches:
+        raise EqualizeError("`advise` needs data. Received: no samples.")
+    with _without_penalties(groups):
+        loss = _loss(model, batches)
+        return [_advice(group, model, batches, loss) for group in groups]
+
+
+def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: float) -> Advice:
+    moving = [member for member in group.members if not member.anchor]
+    sums: list[Any] = [0.0] * len(moving)
+    for batch, size in batches:
+        found = backend.gradients(_loss_of(model, *batch), [member.variable for member in moving])
+        for i, gradient in enumerate(found):
+            if gradient is not None:
+                pulled = ops.convert_to_numpy(moving[i].pull_gradient(gradient)).astype("float64")
+                sums[i] = sums[i] + size * pulled
+    with _equal(group):
+        tied_loss = _loss(model, batches)
+    return Advice(group.name, _cosine(sums), _distance(group), loss, tied_loss)
+
+
+def _distance(group: Group) -> float:
+    values = [ops.convert_to_numpy(member.pull(backend.read(member.variable))) for member in group.members]
+    values = [value.astype("float64") for value in values]
+    mean = sum(values) / len(values)
+    size = sum(np.sum(value**2) for value in values)
+    return float(np.sqrt(sum(np.sum((value - mean) ** 2) for value in values) / size)) if size else 0.0
+
+
+def _cosine(gradients: Sequence[Any]) -> float:
+    """The mean cosine over all pairs, from the sum of the unit vectors and without forming a pair."""
+    norms = [float(np.linalg.norm(np.ravel(gradient))) for gradient in gradients]
+    units = [gradient / norm for gradient, norm in zip(gradients, norms, strict=True) if norm > 0.0]
+    n = len(units)
+    return float((np.sum(np.sum(units, axis=0) ** 2) - n) / (n * (n - 1))) if n > 1 else float("nan")
+
+
+def _loss(model: keras.Model, batches: Sequence[Any]) -> float:
+    losses = [size * float(ops.convert_to_numpy(_loss_of(model, *batch)())) for batch, size in batches]
+    return sum(losses) / sum(size for _, size in batches)
+
+
+def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:
+    def loss() -> Any:
+        return model.compute_loss(x=x, y=y, y_pred=model(x, training=False))
+
+    return loss
+
+
+def _batches(x: Any, y: Any, batch_size: int) -> Iterator[Any]:
+    """Pairs of `(x, y)` and the number of their samples."""
+    count = len(keras.tree.flatten(x)[0])
+    for start in range(0, count, batch_size):
+        batch = keras.tree.map_structure(
+            lambda part, start=start: ops.convert_to_tensor(part[start : start + batch_size]), (x, y)
+        )
+        yield batch, min(batch_size, count - start)
+
+
+def _require_members(groups: Sequence[Group], model: keras.Model) -> None:
+    own = {id(variable) for variable in model.variables}
+    for group in groups:
+        for member in group.members:
+            if not member.constant and id(member.variable) not in own:
+                raise EqualizeError(
+                    f"`advise` cannot judge group '{group.name}' by '{model.name}': its member {member} is no variable "
+                    "of that model. Expected: a model that all members belong to, or the names of groups that it has."
+                )
+
+
+@contextlib.contextmanager
+def _without_penalties(groups: Sequence[Group]) -> Iterator[None]:
+    """While open, members have no regularizer that ties, so that the loss is that of the untied model."""
+    kept = {id(m.variable): (m.variable, m.variable.regularizer) for group in groups for m in group.members}.values()
+    for variable, regularizer in kept:
+        while isinstance(regularizer, Rule):
+            regularizer = regularizer.inner
+        variable.regularizer = regularizer
+    try:
+        yield
+    finally:
+        for variable, regularizer in kept:
+            variable.regularizer = regularizer
+
+
+@contextlib.contextmanager
+def _equal(group: Group) -> Iterator[None]:
+    """While open, the members are equal, to their mean or their anchor."""
+    kept = [(member.variable, ops.convert_to_numpy(member.variable.value).copy()) for member in group.members]
+    group.sync("mean")
+    try:
+        yield
+    finally:
+        for variable, value in kept:
+            variable.assign(value)

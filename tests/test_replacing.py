@@ -1,0 +1,186 @@
+"""The road from free to exact: the rule of a group is replaced, and the next step follows."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import equalize
+from equalize.constraints import Equal
+from equalize.errors import EqualizeError, GroupMismatchError
+from equalize.optimizers import TiedOptimizer
+from equalize.regularizers import MeanL2
+from equalize.views import Scale
+from tests.conftest import BACKEND, MODES, Recorder, bits, bitwise_equal, data, kernels, no_loss, towers
+
+ROAD = {
+    "free": MeanL2(factor=0.0),
+    "soft": MeanL2(factor=0.5),
+    "partial": Equal(rate=0.25),
+    "hard": Equal(),
+}
+
+
+def apart(n=2):
+    """Towers whose kernels differ, which nothing but their tie moves."""
+    model = towers(n)
+    for i, kernel in enumerate(kernels(model)):
+        kernel.assign(np.full((5, 4), 4.0**i))
+    registry = equalize.GroupRegistry()
+    group = registry.tie("towers", kernels(model), ROAD["free"])
+    return model, registry, group
+
+
+def train(model, *callbacks, epochs=1):
+    x, y = data(8)
+    model.fit(x, y, batch_size=8, epochs=epochs, verbose=0, callbacks=[*callbacks])
+
+
+def distances(model):
+    values = np.stack([ops.convert_to_numpy(kernel.value) for kernel in kernels(model)])
+    return np.ptp(values, axis=0)[0, 0]
+
+
+FACTORS = {"free": 1.0, "soft": 1 - 2 * 0.1 * 0.5, "partial": 0.75, "hard": 0.0}  # with SGD at 0.1
+
+
+@pytest.mark.parametrize("compile_again", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_switch_takes_effect_in_the_next_fit(mode, compile_again):
+    model, registry, group = apart()
+    model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
+    train(model)
+    for name in ("soft", "free", "partial", "soft", "partial", "hard", "free"):
+        group.rule = ROAD[name]
+        assert registry["towers"].rule.describe() == ROAD[name].describe()
+        assert group.hard == (name == "hard")
+        if compile_again:
+            model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
+        before = distances(model)
+        train(model)
+        assert distances(model) == pytest.approx(before * FACTORS[name], rel=1e-5)
+    assert bitwise_equal(*kernels(model))
+
+
+class Switch(keras.callbacks.Callback):
+    """Gives a group the next rule at the beginning of every epoch."""
+
+    def __init__(self, group, names):
+        super().__init__()
+        self.group, self.names = group, names
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.group.rule = ROAD[self.names[epoch]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_switch_takes_effect_in_the_next_step_inside_a_running_fit(mode):
+    model, _, group = apart()
+    model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
+    names = ["soft", "partial", "free", "hard", "free"]
+    recorder = Recorder(kernels(model))
+    train(model, Switch(group, names), recorder, epochs=len(names))
+    spreads = [np.ptp(step, axis=0)[0, 0] for step in recorder.values]
+    expected = np.cumprod([3.0, *(FACTORS[name] for name in names)])
+    np.testing.assert_allclose(spreads, expected, rtol=1e-5)
+
+
+def test_the_road_ends_in_an_exact_tie():
+    model, registry, group = apart(3)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    train(model, epochs=3)
+    group.rule = Equal()
+    registry.sync("mean")
+    optimizer = TiedOptimizer(keras.optimizers.Adam(0.01), registry)
+    model.compile(optimizer, "mse")
+    train(model, epochs=3)
+    registry.check()
+    assert sum(tuple(variable.shape) == (5, 4) for variable in optimizer.variables) == 2
+
+
+def test_the_sum_of_the_losses_is_that_of_the_new_rule():
+    model, registry, group = apart()
+    x, y = data()
+    model.compile("sgd", "mse")
+    free = model.evaluate(x, y, verbose=0)
+    group.rule = MeanL2(factor=0.5)
+    penalty = float(ops.convert_to_numpy(registry.penalty()))
+    assert penalty == pytest.approx(0.5 * 2 * 20 * 1.5**2)
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(free + penalty, rel=1e-5)
+
+
+def test_what_else_is_on_the_variables_stays():
+    model, registry, group = apart()
+    registry.untie()
+    for kernel in kernels(model):
+        kernel.constraint = keras.constraints.NonNeg()
+        kernel.regularizer = keras.regularizers.L2(0.125)
+    group = registry.tie("towers", kernels(model), MeanL2(factor=0.5))
+    other = registry.tie("other", kernels(model), MeanL2(factor=0.25))
+    group.rule = Equal()
+    assert isinstance(group.rule.inner, keras.constraints.NonNeg)
+    group.rule = MeanL2(factor=1.0)
+    for kernel in kernels(model):
+        assert isinstance(kernel.constraint, keras.constraints.NonNeg)
+        found = float(ops.convert_to_numpy(kernel.regularizer(kernel.value)))
+        value = ops.convert_to_numpy(kernel.value)
+        assert found == pytest.approx(0.125 * np.sum(value**2) + 1.25 * 20 * 1.5**2, rel=1e-5)
+    registry.untie("towers", "other")
+    for kernel in kernels(model):
+        assert isinstance(kernel.regularizer, keras.regularizers.L2)
+    assert other.name not in registry
+
+
+def test_members_keep_their_views_and_weights():
+    one, two = keras.Variable(np.float32([1.0, 2.0])), keras.Variable(np.float32([6.0, 8.0]))
+    registry = equalize.GroupRegistry()
+    group = registry.tie("scaled", [one, (two, Scale(2))], MeanL2(factor=0.0))
+    group.rule = Equal()
+    registry.project()
+    assert ops.convert_to_numpy(two.value).tolist() == (2 * ops.convert_to_numpy(one.value)).tolist()
+    with pytest.raises(EqualizeError, match=r"has the view .*Expected: a rule without a view"):
+        group.rule = Equal(view=Scale(3))
+
+
+def test_a_declared_rule_comes_back_with_a_copy_of_the_model():
+    model = towers(2, regularizer=lambda: MeanL2("towers", 0.5))
+    registry = equalize.GroupRegistry().link(model)
+    registry["towers"].rule = Equal()
+    registry.link(model)  # changes nothing
+    assert registry["towers"].hard
+    clone = keras.models.clone_model(model)
+    assert equalize.GroupRegistry().link(clone)["towers"].rule.describe() == "MeanL2(factor=0.5)"
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        ("equal", TypeError, "`rule` must be a constraint or regularizer of equalize"),
+        (None, TypeError, "`rule` must be"),
+        (Equal("others"), EqualizeError, "was given the name 'towers' and a rule of group 'others'"),
+        (Equal(inner="non_neg"), GroupMismatchError, "it has the constraint MaxNorm already"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_refused_and_nothing_changes(rule, error, message):
+    model, _, group = apart()
+    for kernel in kernels(model):
+        kernel.constraint = keras.constraints.MaxNorm(9.0)
+    before = [(kernel.constraint, kernel.regularizer, bits(kernel)) for kernel in kernels(model)]
+    with pytest.raises(error, match=message):
+        group.rule = rule
+    assert group.rule.describe() == ROAD["free"].describe()
+    assert [(kernel.constraint, kernel.regularizer, bits(kernel)) for kernel in kernels(model)] == before
+
+
+def test_a_second_hard_rule_and_anchors_that_differ_are_refused():
+    model, registry, group = apart()
+    registry.tie("hard", kernels(model), Equal(rate=0.5))
+    with pytest.raises(GroupMismatchError, match="belongs to group 'hard' already"):
+        group.rule = Equal()
+    registry.untie("hard")
+    for i in range(2):
+        model.get_layer(f"tower_{i}").trainable = False
+    with pytest.raises(GroupMismatchError, match="do not move"):
+        group.rule = Equal()
+    if BACKEND == "jax":
+        assert all(type(kernel.regularizer) is MeanL2 for kernel in kernels(model))
