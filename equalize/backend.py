@@ -93,6 +93,15 @@ def hand_over(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> N
         layer._post_track_variable(new)
 
 
+def dial(number: float) -> Any:
+    """A variable that compiled steps read a number from; None where a step cannot, and the number is compiled in."""
+    if _BACKEND != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    return tf.Variable(number, dtype="float64", trainable=False, name="strength")
+
+
 def eagerly() -> AbstractContextManager[None]:
     """A scope in which arrays are computed with at once, also while a step is traced."""
     if _BACKEND == "tensorflow":

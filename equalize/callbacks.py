@@ -1,13 +1,16 @@
 """Callbacks: what happens to ties around a training run, beyond its steps."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
-from equalize import rules
+from equalize import retracing, rules
 from equalize.errors import NotLinkedError
-from equalize.registry import GroupRegistry
+from equalize.registry import GroupRegistry, checked_registry
 
 
 class TieMonitor(keras.callbacks.Callback):
@@ -60,13 +63,9 @@ class TieMonitor(keras.callbacks.Callback):
 
     def __init__(self, registry: GroupRegistry, *, atol: float = 0.0, repair: bool = True):
         super().__init__()
-        if not isinstance(registry, GroupRegistry):
-            raise TypeError(
-                f"`registry` must be an `equalize.GroupRegistry`. Received: {registry!r} of type {type(registry)}."
-            )
+        self.registry = checked_registry(registry)
         if not isinstance(repair, bool):
             raise TypeError(f"`repair` must be True or False. Received: {repair!r} of type {type(repair)}.")
-        self.registry = registry
         self.atol = rules.checked_number("atol", atol, low=0.0, high=float("inf"), low_open=False)
         self.repair = repair
         self.broken: dict[str, float] = {}
@@ -111,3 +110,72 @@ class TieMonitor(keras.callbacks.Callback):
         if hasattr(model, "jax_state_sync"):
             model.jax_state_sync()  # during an epoch on JAX the weights are in the compiled step, not in the model
         return self.registry.spread()
+
+
+class FactorSchedule(keras.callbacks.Callback):
+    """Changes the factor of soft groups, or the rate of partial ones, from epoch to epoch.
+
+    Tying little at first and more later lets members find their own way before they meet; the other way round, they
+    start as one and part. At the beginning of every epoch `schedule(epoch)` becomes the `factor` of the groups' rules,
+    or the `rate` of those tied by `equalize.constraints.Equal`; it is logged as `factor/<name of the group>`.
+
+    On TensorFlow the compiled step reads the number from a variable, and on PyTorch from the rule, so a change costs
+    nothing. JAX compiles the number into the step: every change there compiles the step anew, and a schedule that
+    changes in every epoch costs a compilation an epoch. A rate that comes to 1.0, where members become bitwise equal,
+    or leaves it, has the step traced anew on TensorFlow, too.
+
+    Args:
+        registry: The `equalize.GroupRegistry` that the model is linked by.
+        names: Name of a group or of a tie of layers, or a list of them.
+        schedule: A function of the epoch, counted from 0, that returns the factor or rate. Keras's schedules are such
+            functions: `keras.optimizers.schedules.PolynomialDecay(0.0, 10, 1.0)` rises linearly over ten epochs,
+            `keras.optimizers.schedules.ExponentialDecay(1e-4, 1, 2.0)` doubles in every epoch.
+
+    Raises:
+        TypeError: `registry` is no registry, `names` are no strings, or `schedule` cannot be called.
+        EqualizeError: A group is unknown when training starts, its factor is a matrix, or the schedule returns a
+            number out of range (`factor` in [0, ∞), `rate` in (0, 1]).
+
+    Example:
+    >>> import keras, numpy as np, equalize
+    >>> inputs = keras.Input((3,))
+    >>> left, right = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Model(inputs, keras.layers.Add()([left(inputs), right(inputs)]))
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("towers", [left.kernel, right.kernel], equalize.regularizers.MeanL2(factor=0.0))
+    >>> model.compile("sgd", "mse")
+    >>> rise = equalize.callbacks.FactorSchedule(registry, "towers", lambda epoch: 0.5 * epoch)
+    >>> history = model.fit(np.ones((4, 3)), np.ones((4, 2)), epochs=3, verbose=0, callbacks=[rise])
+    >>> history.history["factor/towers"], registry["towers"].rule.factor
+    ([0.0, 0.5, 1.0], 1.0)
+    """
+
+    def __init__(self, registry: GroupRegistry, names: str | Sequence[str], schedule: Callable[[int], Any]):
+        super().__init__()
+        self.registry = checked_registry(registry)
+        self.names = [names] if isinstance(names, str) else list(names)
+        if not self.names or not all(isinstance(name, str) for name in self.names):
+            raise TypeError(f"`names` must be the name of a group, or a list of them. Received: {names!r}.")
+        if not callable(schedule):
+            raise TypeError(f"`schedule` must be a function of the epoch. Received: {schedule!r}.")
+        self.schedule = schedule
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        turned = [group.rule.make_adjustable() for group in self.registry.select(self.names)]
+        if any(turned):
+            retracing.renew(self.model)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        value = self.schedule(epoch)
+        if ops.is_tensor(value) or isinstance(value, np.ndarray):  # as Keras's schedules return it
+            value = ops.convert_to_numpy(value)
+            value = value.item() if value.ndim == 0 else value
+        groups = self.registry.select(self.names)
+        numbers = [group.rule.checked_strength(value) for group in groups]
+        baked_in = [group.rule.adjust(number) for group, number in zip(groups, numbers, strict=True)]
+        if any(baked_in):
+            retracing.renew(self.model)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is not None:
+            logs.update({f"factor/{group.name}": group.rule.strength for group in self.registry.select(self.names)})

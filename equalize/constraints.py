@@ -54,6 +54,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
     """
 
     slot = "constraint"
+    setting = "rate"
     own_keys = frozenset({"group", "weight", "view"})
 
     def __init__(
@@ -66,7 +67,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         inner: Any = None,
     ):
         self.group = rules.checked_group(group)
-        self.rate = rules.checked_number("rate", rate, low=0.0, high=1.0, low_open=True)
+        self.rate = self.checked_strength(rate)
         self.weight = rules.checked_number("weight", weight, low=0.0, high=float("inf"), low_open=True)
         self.view = rules.checked_view(view)
         self.inner = rules.checked_inner(keras.constraints.get, inner, "constraint")
@@ -80,6 +81,9 @@ class Equal(rules.Rule, keras.constraints.Constraint):
     def hard(self) -> bool:
         """Whether the members are bitwise equal after every step."""
         return self.rate == 1.0
+
+    def checked_strength(self, strength: Any) -> float:
+        return rules.checked_number("rate", strength, low=0.0, high=1.0, low_open=True)
 
     def __call__(self, w: Tensor) -> Tensor:
         group, member = self._require_binding(f"on '{getattr(w, 'path', 'a tensor')}'")

@@ -135,7 +135,7 @@ class Group:
                 continue
             value = member.show(target)
             if not self.hard:
-                value = projections.relax(backend.read(member.variable), value, self.rule.rate)
+                value = projections.relax(backend.read(member.variable), value, self.rule.dialled)
             if member is caller:
                 result = value
             else:

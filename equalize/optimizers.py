@@ -12,7 +12,7 @@ from equalize.errors import EqualizeError, NotLinkedError
 from equalize.groups import Group
 from equalize.members import Member
 from equalize.projections import Tensor
-from equalize.registry import GroupRegistry
+from equalize.registry import GroupRegistry, checked_registry
 
 _REDUCTIONS = ("sum", "mean")
 
@@ -89,10 +89,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     """
 
     def __init__(self, inner_optimizer: Any, registry: GroupRegistry, *, reduction: str = "sum", name: Any = None):
-        if not isinstance(registry, GroupRegistry):
-            raise TypeError(
-                f"`registry` must be an `equalize.GroupRegistry`. Received: {registry!r} of type {type(registry)}."
-            )
+        checked_registry(registry)
         if reduction not in _REDUCTIONS:
             raise EqualizeError(f"`reduction` must be one of {list(_REDUCTIONS)}. Received: {reduction!r}.")
         super().__init__(learning_rate=0.0, name=name)

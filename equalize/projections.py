@@ -38,14 +38,16 @@ def mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Te
     return ops.cast(nodes[0][0], dtype)
 
 
-def relax(value: Tensor, target: Tensor, rate: float) -> Tensor:
+def relax(value: Tensor, target: Tensor, rate: float | Tensor) -> Tensor:
     """Moves `value` the fraction `rate` of the way to `target`: `(1 − rate)·value + rate·target`.
 
     With `rate = λ/(1+λ)` this is the proximal operator of `(λ/2)·‖value − target‖²`
     (Parikh and Boyd, Proximal Algorithms (2014), section 6.1.1). A `value` that is the target already stays.
     """
     dtype = keras.backend.standardize_dtype(value.dtype)
-    return ops.cast(_mix(widen(value), widen(target), rate), dtype)
+    value, target = widen(value), widen(target)
+    rate = rate if isinstance(rate, float) else ops.cast(rate, value.dtype)
+    return ops.cast(_mix(value, target, rate), dtype)
 
 
 def widen(value: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ def _join(left: Tensor, left_weight: float, right: Tensor, right_weight: float) 
     return _mix(left, right, right_weight / weight), weight
 
 
-def _mix(left: Tensor, right: Tensor, share: float) -> Tensor:
+def _mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
     """`(1 − share)·left + share·right`, and exactly `left` wherever both are the same number.
 
     Subtracting a negative multiple keeps TensorFlow's graph optimizer from factoring out a common `share`,

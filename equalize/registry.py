@@ -136,7 +136,7 @@ class GroupRegistry(Mapping[str, Group]):
         A tie of layers can be named as a whole: `untie("blocks")` dissolves every `blocks/...`.
         Call `compile` before training on, so that the step is traced anew.
         """
-        for group in self._selected(names):
+        for group in self.select(names):
             binding.detach(group)
             del self._groups[group.name]
 
@@ -148,7 +148,7 @@ class GroupRegistry(Mapping[str, Group]):
             *names: Names of groups, or of ties of layers.
         """
         _require_option("method", method, ("first", "mean"))
-        groups = self._selected(names)
+        groups = self.select(names)
         for group in groups:
             group.require_anchors_agree()
         for group in groups:
@@ -163,7 +163,7 @@ class GroupRegistry(Mapping[str, Group]):
         Returns:
             A scalar tensor, differentiable in every trainable member.
         """
-        groups = [group for group in self._selected(names) if not group.projects or names]
+        groups = [group for group in self.select(names) if not group.projects or names]
         for group in groups:
             if group.projects:
                 raise EqualizeError(
@@ -177,7 +177,7 @@ class GroupRegistry(Mapping[str, Group]):
 
         Call it after each step of a `torch.optim` or `optax` optimizer. Keras's own optimizers do it by themselves.
         """
-        groups = self._selected(names)
+        groups = self.select(names)
         for group in groups:
             if names and not group.projects:
                 raise EqualizeError(
@@ -258,6 +258,17 @@ class GroupRegistry(Mapping[str, Group]):
         reporting.print_advice(advice, print_fn)
         return {each.group: each for each in advice}
 
+    def select(self, names: Sequence[str]) -> list[Group]:
+        """The groups of these names, or those of a tie of layers that has the name; all without a name."""
+        selected = {} if names else dict(self)
+        for name in names:
+            below = {key: group for key, group in self.items() if key.startswith(f"{name}/")}
+            below = {name: self[name]} if name in self else below
+            if not below:
+                raise EqualizeError(f"There is no group '{name}'. Expected one of: {list(self)}.")
+            selected |= below
+        return list(selected.values())
+
     def get_config(self) -> dict[str, Any]:
         """The ties made with `tie`, as JSON-serializable data: rules, paths of variables, views and constants.
 
@@ -306,16 +317,14 @@ class GroupRegistry(Mapping[str, Group]):
         self._groups[group.name] = group
         return group
 
-    def _selected(self, names: Sequence[str]) -> list[Group]:
-        """The groups of these names, or those of a tie of layers that has the name; all without a name."""
-        selected = {} if names else dict(self)
-        for name in names:
-            below = {key: group for key, group in self.items() if key.startswith(f"{name}/")}
-            below = {name: self[name]} if name in self else below
-            if not below:
-                raise EqualizeError(f"There is no group '{name}'. Expected one of: {list(self)}.")
-            selected |= below
-        return list(selected.values())
+
+def checked_registry(registry: Any) -> GroupRegistry:
+    """The argument `registry` of callbacks and optimizers."""
+    if not isinstance(registry, GroupRegistry):
+        raise TypeError(
+            f"`registry` must be an `equalize.GroupRegistry`. Received: {registry!r} of type {type(registry)}."
+        )
+    return registry
 
 
 def _require_option(name: str, value: Any, options: Sequence[str]) -> None:

@@ -15,8 +15,6 @@ def living_layers() -> list[Any]:
 def retrace(variables: Iterable[keras.Variable], layers: Iterable[Any] | None = None) -> None:
     """Makes the models that hold one of the variables trace their functions anew, also while they train.
 
-    A function that was traced before goes on with the variables and rules of that time, without a word.
-
     Args:
         variables: Variables that have changed their rule or their layers.
         layers: What `living_layers` has found, if it was asked already.
@@ -24,6 +22,14 @@ def retrace(variables: Iterable[keras.Variable], layers: Iterable[Any] | None = 
     changed = {id(variable) for variable in variables}
     for model in living_layers() if layers is None else layers:
         if isinstance(model, keras.Model) and any(id(variable) in changed for variable in model.variables):
-            for kind in ("train", "test", "predict"):
-                if getattr(model, f"{kind}_function", None) is not None:
-                    getattr(model, f"make_{kind}_function")(force=True)
+            renew(model)
+
+
+def renew(model: keras.Model) -> None:
+    """Makes a model trace its functions anew at the next step.
+
+    Those that were traced before go on with the variables, rules and numbers of that time, without a word.
+    """
+    for kind in ("train", "test", "predict"):
+        if getattr(model, f"{kind}_function", None) is not None:
+            getattr(model, f"make_{kind}_function")(force=True)

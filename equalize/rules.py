@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 
+from equalize import backend
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.views import View
 
@@ -27,17 +28,51 @@ class Rule:
     own_keys: ClassVar[frozenset[str]]
     """The entries of the config that may differ between the members of one group."""
 
+    setting: ClassVar[str]
+    """The argument that says how strongly the rule ties."""
+
     weight: float = 1.0
     view: View | None = None
     group: str | None
     inner: Any
 
     _binding: "tuple[Group, Member] | None" = None
+    _dial: Any = None
 
     @property
     def hard(self) -> bool:
         """Whether the rule makes the members bitwise equal."""
         return False
+
+    @property
+    def strength(self) -> Any:
+        """How strongly the rule ties: its factor, or its rate."""
+        return getattr(self, self.setting)
+
+    @property
+    def dialled(self) -> Any:
+        """The strength as computations read it: a number, or a variable that a compiled step follows."""
+        return self.strength if self._dial is None else self._dial
+
+    def checked_strength(self, strength: Any) -> float:
+        """A new strength, checked as the constructor checks it."""
+        raise NotImplementedError
+
+    def make_adjustable(self) -> bool:
+        """Has compiled steps read the strength from a variable, where they can; tells whether that is new to them."""
+        if self._dial is None:
+            self._dial = backend.dial(self.strength)
+            return self._dial is not None
+        return False
+
+    def adjust(self, strength: float) -> bool:
+        """Changes the strength. Tells whether compiled steps know the old one only and must be traced anew."""
+        was, was_hard = self.strength, self.hard
+        setattr(self, self.setting, strength)
+        if self._dial is None:
+            return strength != was
+        self._dial.assign(strength)
+        return self.hard != was_hard
 
     def bind(self, group: "Group", member: "Member", inner: Any) -> "Rule":
         """A copy that serves one member, with what else is on the variable as its `inner`."""
@@ -75,7 +110,7 @@ class Rule:
         return self._binding
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_binding"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_binding", "_dial")}
 
     def common_config(self) -> dict[str, Any]:
         """What the members of one group must agree on."""
