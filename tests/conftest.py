@@ -104,7 +104,8 @@ def shown_alike(group) -> bool:
     """Whether the members show one common value, bit for bit where their views lose none."""
     if not all(member.exact for member in group.members):
         return group.spread() == 0.0
-    pulled = (member.pull(ops.convert_to_tensor(member.variable.value)) for member in group.members)
+    values = (ops.convert_to_tensor(ops.convert_to_numpy(member.variable.value)) for member in group.members)
+    pulled = (member.pull(value) for member, value in zip(group.members, values, strict=True))
     return len({ops.convert_to_numpy(common).tobytes() for common in pulled}) == 1
 
 
