@@ -125,14 +125,21 @@ def _all_pairs(groups: Groups, factor: float) -> Callbacks:
     return []
 
 
+def _penalty(rule: Any) -> Way:
+    """The way to tie with a regularizer of `equalize`."""
+    return Way(f"soft: {rule.__name__}", _rule(lambda factor: rule(factor=factor)), penalizes=True)
+
+
 WAYS: dict[str, Way] = {
     "untied": Way("untied", _leave),
     "reference": Way("one shared variable", _leave, shared=True),
     "hard": Way("hard: Equal", _rule(lambda factor: equalize.constraints.Equal())),
-    "mean_l2": Way("soft: MeanL2", _rule(lambda factor: equalize.regularizers.MeanL2(factor=factor)), penalizes=True),
-    "pairwise_l2": Way(
-        "soft: PairwiseL2", _rule(lambda factor: equalize.regularizers.PairwiseL2(factor=factor)), penalizes=True
-    ),
+    "mean_l2": _penalty(equalize.regularizers.MeanL2),
+    "pairwise_l2": _penalty(equalize.regularizers.PairwiseL2),
+    "pairwise_l1": _penalty(equalize.regularizers.PairwiseL1),
+    "pairwise_norm": _penalty(equalize.regularizers.PairwiseNorm),
+    "chain_l2": _penalty(equalize.regularizers.ChainL2),
+    "trace_norm": _penalty(equalize.regularizers.TraceNorm),
     "stack": Way("habit: stacked mean", _stack),
     "callback": Way("habit: set_weights", _callback),
     "all_pairs": Way("habit: all pairs", _all_pairs, penalizes=True),

@@ -204,6 +204,16 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return ops.sum(ops.square(x))
 
 
+def sloped(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """The scalar `value`, with the gradient `slope` with respect to `x`."""
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        # A graph is run operation by operation, so here the form below would read and write `x` four times.
+        return tf.custom_gradient(lambda x: (tf.identity(value), lambda upstream: upstream * slope))(x)
+    return value + ops.sum(slope * (x - ops.stop_gradient(x)))
+
+
 def traced(value: Tensor) -> bool:
     """Whether the value is a placeholder of a JAX trace."""
     if _BACKEND != "jax":

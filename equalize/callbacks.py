@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from equalize import retracing, rules
-from equalize.errors import NotLinkedError
+from equalize.errors import EqualizeError, NotLinkedError
 from equalize.registry import GroupRegistry, checked_registry
 
 
@@ -161,8 +161,15 @@ class FactorSchedule(keras.callbacks.Callback):
         self.schedule = schedule
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        turned = [group.rule.make_adjustable() for group in self.registry.select(self.names)]
-        if any(turned):
+        groups = self.registry.select(self.names)
+        for group in groups:
+            if not isinstance(group.rule.strength, float):
+                raise EqualizeError(
+                    f"FactorSchedule cannot change the factor of group '{group.name}': expected a number, received a "
+                    f"matrix, in {group.rule.describe()}. Give `registry['{group.name}'].rule` a rule with another "
+                    "matrix instead."
+                )
+        if any([group.rule.make_adjustable() for group in groups]):
             retracing.renew(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

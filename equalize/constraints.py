@@ -27,7 +27,9 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         rate: How far each member moves to the mean after a step, in (0, 1]. At 1 the members are bitwise equal
             after every step. Below 1 they become `(1 − rate)·w_i + rate·mean`, the proximal operator of
-            `(λ/2)·Σ‖w_i − mean‖²` with `rate = λ/(1+λ)`: the spread shrinks by `1 − rate`, the mean stays.
+            `(λ/2)·Σ‖w_i − mean‖²` with `rate = λ/(1+λ)`: the spread shrinks by `1 − rate`, the mean stays. At a
+            learning rate η that is the proximal step of `equalize.regularizers.MeanL2(factor=λ/(2·η))`, and no
+            optimizer rescales it.
         weight: The member's positive weight in the mean.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras constraint for the common value, as an object, a config or a name. For a convex one the

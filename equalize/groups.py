@@ -86,6 +86,11 @@ class Group:
         """The common value: that of the anchors where there are any, else the mean of the members."""
         return self._common_value(self.members)
 
+    @property
+    def present_rule(self) -> Any:
+        """The rule for the members whose variables still exist: a matrix of factors loses the rows of the others."""
+        return self.rule.among([place for place, member in enumerate(self._members) if member.alive])
+
     def spread(self) -> float:
         """The largest entry of max − min over the members as their views pull them back.
 
@@ -199,7 +204,7 @@ class Group:
         statistic = self._statistic
         if statistic is None or not statistic.serves(self.rule, member, members):
             self._require_reach(members)
-            statistic = self._statistic = _Statistic(self.rule, members)
+            statistic = self._statistic = _Statistic(self, members)
         share = statistic.share(member, projections.widen(member.pull(x)))
         if statistic.spent:
             self._statistic = None
@@ -211,7 +216,7 @@ class Group:
         self._require_values(members)
         moving = [member for member in members if not member.anchor]
         if not moving:
-            return _Statistic(self.rule, members).anchored
+            return _Statistic(self, members).anchored
         shares = [self.share(member, backend.tensor(member.variable)) for member in moving]
         return sum(shares[1:], start=shares[0])
 
@@ -322,19 +327,19 @@ def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
 class _Statistic:
     """What the shares of one evaluation of a penalty have in common, computed once for all of them."""
 
-    def __init__(self, rule: Any, members: Sequence[Member]):
+    def __init__(self, group: Group, members: Sequence[Member]):
         stored = [backend.read(member.variable) for member in members]
         pulled = [member.pull(value) for member, value in zip(members, stored, strict=True)]
         values = [ops.stop_gradient(projections.widen(value)) for value in pulled]
-        self.value = ops.stop_gradient(rule.statistic(values))
+        self._shares = dict(zip(members, group.present_rule.shares(values), strict=True))
         self._open = {member for member in members if not member.anchor}
         anchored = [
-            rule.share(value, self.value, len(members))
+            self._shares[member](value)
             for member, value in zip(members, values, strict=True)
             if member not in self._open
         ]
         self.anchored = sum(anchored[1:], start=anchored[0]) / max(len(self._open), 1) if anchored else None
-        self._rule, self._factor = rule, rule.factor
+        self._rule, self._factor = group.rule, group.rule.factor
         self._watches = {m: freshness.watch(m.variable, value) for m, value in zip(members, stored, strict=True)}
 
     def serves(self, rule: Any, member: Member, members: Sequence[Member]) -> bool:
@@ -350,7 +355,7 @@ class _Statistic:
     def share(self, member: Member, x: Tensor) -> Tensor:
         """The member's share, with its part of what the anchors contribute."""
         self._open.discard(member)
-        share = self._rule.share(x, self.value, len(self._watches))
+        share = self._shares[member](x)
         return share if self.anchored is None else share + self.anchored
 
     @property

@@ -38,6 +38,12 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
                 f"received {_written(rule)} from '{member.path}'. Give all members the same rule, or another "
                 f"group name.{listing(members)}"
             )
+    count = member_rules[0].count
+    if count not in (None, len(members)):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': {member_rules[0].describe()} is for {count} members; received "
+            f"{len(members)}. Give `factor` a row and a column for each member, in this order.{listing(members)}"
+        )
     if not keras.backend.is_float_dtype(_dtype(first)):
         raise GroupMismatchError(
             f"Cannot tie group '{name}': expected variables of a floating dtype; received {_dtype(first)}. "

@@ -30,7 +30,7 @@ def group_config(group: Group) -> dict[str, Any]:
         else:
             entry["path"] = member.path
         members.append(entry)
-    return {"name": group.name, "rule": keras.saving.serialize_keras_object(group.rule), "members": members}
+    return {"name": group.name, "rule": keras.saving.serialize_keras_object(group.present_rule), "members": members}
 
 
 def checked_config(config: Any) -> list[dict[str, Any]]:

@@ -1,67 +1,16 @@
 """Regularizers that tie: penalties on the distance between the members of a group."""
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import keras
-from keras import ops
+import numpy as np
 
-from equalize import backend, penalties, projections, rules
+from equalize import penalties
+from equalize.penalties import Share
 from equalize.projections import Tensor
-from equalize.views import View
+from equalize.soft_tie import SoftTie
 
-_mean = backend.fused(projections.mean)
-
-
-class SoftTie(rules.Rule, keras.regularizers.Regularizer):
-    """Base of the regularizers that tie.
-
-    Called by Keras for one member, a soft tie returns that member's share of the group's penalty. Subclasses say
-    what the whole group contributes to a share (`statistic`) and what the share is (`share`).
-
-    Args:
-        group: Name of the group. None where `GroupRegistry.tie` gives it.
-        factor: The penalty's non-negative factor λ.
-        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
-
-    Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
-        TypeError: An argument is of the wrong type.
-        NotLinkedError: The loss is computed and no registry has linked the model.
-    """
-
-    slot = "regularizer"
-    own_keys: ClassVar[frozenset[str]] = frozenset({"group", "view", "inner"})
-
-    def __init__(self, group: str | None = None, factor: float = 0.01, *, view: View | None = None, inner: Any = None):
-        self.group = rules.checked_group(group)
-        self.factor = rules.checked_number("factor", factor, low=0.0, high=float("inf"), low_open=False)
-        self.view = rules.checked_view(view)
-        self.inner = rules.checked_inner(keras.regularizers.get, inner, "regularizer")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        group, member = self._require_binding(f"on '{getattr(x, 'path', 'a tensor')}'")
-        share = group.share(member, backend.tensor(x))
-        return share if self.inner is None else share + ops.cast(self.inner(x), share.dtype)
-
-    def statistic(self, values: list[Tensor]) -> Tensor:
-        """What a share needs to know of the group, from the values of all its members."""
-        raise NotImplementedError
-
-    def share(self, x: Tensor, statistic: Tensor, count: int) -> Tensor:
-        """The share of a member with value `x` in a group of `count` members, a scalar."""
-        raise NotImplementedError
-
-    def _settings(self) -> dict[str, Any]:
-        return {"factor": self.factor}
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "group": self.group,
-            "factor": self.factor,
-            "view": rules.view_config(self.view),
-            "inner": keras.regularizers.serialize(self.inner) if self.inner is not None else None,
-        }
+__all__ = ["ChainL2", "MeanL2", "PairwiseL1", "PairwiseL2", "PairwiseNorm", "TraceNorm"]
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -74,6 +23,11 @@ class MeanL2(SoftTie):
     It costs O(n) for a group of n: each member returns its share ‖w_i − mean‖², whose gradient 2·factor·(w_i − mean)
     is already the full derivative of the penalty. `GroupRegistry.penalty()` is the whole penalty, for a loss written
     by hand.
+
+    `equalize.constraints.Equal(rate=r)` after each step is the same pull as a proximal step, taken exactly:
+    `r = 2·η·factor / (1 + 2·η·factor)` for the learning rate η. Take it where the optimizer is Adam or another that
+    rescales gradients, which would rescale this penalty with them; as weight decay was decoupled from Adam in AdamW
+    (Loshchilov and Hutter 2019), so is the pull then. Take `MeanL2` for the minimizer of a loss with a penalty.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
@@ -102,31 +56,38 @@ class MeanL2(SoftTie):
     True
 
     Reference:
-        Evgeniou and Pontil, Regularized multi-task learning (2004), equation 8.
+        Evgeniou and Pontil, Regularized multi-task learning (2004), equation 8. With one member a worker and the mean
+        in the place of its center variable, it is the penalty of Zhang, Choromanska and LeCun, Deep learning with
+        elastic averaging SGD (2015), equation 2.
     """
 
-    def statistic(self, values: list[Tensor]) -> Tensor:
-        return _mean(values)
-
-    def share(self, x: Tensor, statistic: Tensor, count: int) -> Tensor:
-        return self.factor * penalties.squared_distance(x, statistic)
+    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+        return penalties.mean_l2(values)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class PairwiseL2(MeanL2):
+class PairwiseL2(SoftTie):
     """Pulls the variables of a group to each other: factor · Σ_{i<j} ‖w_i − w_j‖².
 
     All pairs, without forming one: the sum equals n · Σ_i ‖w_i − mean‖² for a group of n, so it is `n · MeanL2` and
     costs O(n) as well.
 
+    With a matrix as `factor` every pair has its own, Σ_{i<j} factor_ij · ‖w_i − w_j‖²: the graph Laplacian of the
+    members, for tasks of which it is known who resembles whom. That costs as many differences as the matrix has
+    pairs.
+
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
-        factor: The penalty's non-negative factor λ, for each pair.
+        factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
+            array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
+            does not matter.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        EqualizeError: `group` is empty, `factor` is negative, not finite or not symmetric, or `inner` is no
+            regularizer.
+        GroupMismatchError: When tied: the matrix is not of the size of the group.
         TypeError: An argument is of the wrong type.
         NotLinkedError: The loss is computed and no registry has linked the model.
 
@@ -142,8 +103,189 @@ class PairwiseL2(MeanL2):
     True
 
     Reference:
-        Duong, Cohn, Bird and Cook, Low resource dependency parsing (2015), equation 1, for two members.
+        Duong, Cohn, Bird and Cook, Low resource dependency parsing (2015), equation 1, for two members; Evgeniou,
+        Micchelli and Pontil, Learning multiple tasks with kernel methods (2005), section 3.1.3, for a matrix.
     """
 
-    def share(self, x: Tensor, statistic: Tensor, count: int) -> Tensor:
-        return count * super().share(x, statistic, count)
+    pairwise = True
+
+    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+        return penalties.pairwise_l2(values, *matrix)
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class PairwiseNorm(SoftTie):
+    """Pulls the variables of a group to each other, some to exact equality: factor · Σ_{i<j} ‖w_i − w_j‖₂.
+
+    The norm is not squared, so the pull of a pair does not fade as the two come near: at a finite factor the
+    minimizer has clusters of members that are equal. It is the group lasso of the differences, and with a matrix as
+    `factor` the network lasso. Each member is a point that is pulled as a whole; for single weights that agree see
+    `PairwiseL1`.
+
+    Where two members are equal the pair pulls neither of them (the subgradient 0), so nothing is ever divided by
+    zero. Steps along a subgradient come near to equality and then hop about it, by about learning rate times factor:
+    let the learning rate fall, and ask for `registry.spread()` against a tolerance.
+
+    It costs O(n²) time for a group of n, since every pair has a distance of its own, and O(n) memory.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
+            array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
+            does not matter.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+
+    Raises:
+        EqualizeError: `group` is empty, `factor` is negative, not finite or not symmetric, or `inner` is no
+            regularizer.
+        GroupMismatchError: When tied: the matrix is not of the size of the group.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> heads = [keras.layers.Dense(1) for _ in range(3)]
+    >>> built = [head.build((None, 4)) for head in heads]
+    >>> rule = equalize.regularizers.PairwiseNorm(factor=[[0, 1, 0], [1, 0, 2], [0, 2, 0]])
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("heads", [head.kernel for head in heads], rule)
+    >>> first, second, third = (keras.ops.convert_to_numpy(head.kernel.value) for head in heads)
+    >>> penalty = ((first - second) ** 2).sum() ** 0.5 + 2 * ((second - third) ** 2).sum() ** 0.5
+    >>> bool(abs(keras.ops.convert_to_numpy(registry.penalty()) - penalty) < 1e-5)
+    True
+
+    Reference:
+        Hallac, Leskovec and Boyd, Network lasso: clustering and optimization in large graphs (2015), equation 1.
+    """
+
+    pairwise = True
+
+    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+        return penalties.pairwise_norm(values, *matrix)
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class PairwiseL1(SoftTie):
+    """Pulls the variables of a group to each other, weight by weight: factor · Σ_{i<j} ‖w_i − w_j‖₁.
+
+    At a finite factor the minimizer has weights in which members agree exactly, in each entry another set of them:
+    the members may differ in a few weights and share all others. Members that are to be equal as a whole or not at
+    all need `PairwiseNorm`.
+
+    In each entry a member is pulled by the number of members above it less the number below it, which sorting tells
+    without forming a pair: O(n log n) time for a group of n, and O(n) memory. Groups of up to 16 are compared
+    directly, which is faster. Equal entries do not pull each other (the subgradient 0). Steps along a subgradient
+    come near to equality and then hop about it, by about learning rate times factor times n.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        factor: The penalty's non-negative factor λ, for each pair.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+
+    Raises:
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> layers = [keras.layers.Dense(2) for _ in range(3)]
+    >>> built = [layer.build((None, 3)) for layer in layers]
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("layers", [l.kernel for l in layers], equalize.regularizers.PairwiseL1(factor=0.5))
+    >>> a, b, c = (keras.ops.convert_to_numpy(layer.kernel.value) for layer in layers)
+    >>> penalty = 0.5 * (abs(a - b) + abs(a - c) + abs(b - c)).sum()
+    >>> bool(abs(keras.ops.convert_to_numpy(registry.penalty()) - penalty) < 1e-5)
+    True
+
+    Reference:
+        Tibshirani, Saunders, Rosset, Zhu and Knight, Sparsity and smoothness via the fused lasso (2005), equation 3,
+        over all pairs in place of neighbours.
+    """
+
+    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+        return penalties.pairwise_l1(values)
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class ChainL2(SoftTie):
+    """Pulls each variable of a group to the next one: factor · Σ_i ‖w_(i+1) − w_i‖².
+
+    For members with an order, such as the layers of a deep network or models of successive years: neighbours are
+    alike and the ends may differ. The order is that of `registry[name].members`: as given to `tie`, or as the
+    variables lie in the model. The penalty costs O(n) for a group of n.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        factor: The penalty's non-negative factor λ.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+
+    Raises:
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> years = [keras.layers.Dense(1) for _ in range(3)]
+    >>> built = [year.build((None, 4)) for year in years]
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("years", [y.kernel for y in years], equalize.regularizers.ChainL2(factor=0.5))
+    >>> a, b, c = (keras.ops.convert_to_numpy(year.kernel.value) for year in years)
+    >>> penalty = 0.5 * (((b - a) ** 2).sum() + ((c - b) ** 2).sum())
+    >>> bool(abs(keras.ops.convert_to_numpy(registry.penalty()) - penalty) < 1e-5)
+    True
+
+    Reference:
+        Tibshirani, Saunders, Rosset, Zhu and Knight, Sparsity and smoothness via the fused lasso (2005), whose
+        penalty is the absolute value where this one is the square.
+    """
+
+    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+        return penalties.chain_l2(values)
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class TraceNorm(SoftTie):
+    """Keeps the variables of a group in few dimensions: factor · (sum of the singular values of the stacked members).
+
+    It is not about being equal. Each member, flattened, is a row of a matrix, and the penalty is that matrix's trace
+    norm (nuclear norm), the convex stand-in for its rank: members become combinations of a few shared directions,
+    each with coefficients of its own. It also shrinks them, so members that are equal have a penalty too: √n · ‖w‖.
+
+    The singular values come from the n×n Gram matrix, so a group of n costs O(n²) products of members and no
+    decomposition of anything larger than n×n. Singular values below 3e-5 of the largest are taken for rounding and
+    pull no more (the subgradient 0): in float32 the rank falls to that precision.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        factor: The penalty's non-negative factor λ.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+
+    Raises:
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> tasks = [keras.layers.Dense(2) for _ in range(3)]
+    >>> built = [task.build((None, 4)) for task in tasks]
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("tasks", [t.kernel for t in tasks], equalize.regularizers.TraceNorm(factor=0.5))
+    >>> import numpy as np
+    >>> rows = np.stack([keras.ops.convert_to_numpy(task.kernel.value).ravel() for task in tasks])
+    >>> penalty = 0.5 * np.linalg.svd(rows, compute_uv=False).sum()
+    >>> bool(abs(keras.ops.convert_to_numpy(registry.penalty()) - penalty) < 1e-4)
+    True
+
+    Reference:
+        Yang and Hospedales, Trace norm regularised deep multi-task learning (2017), equation 1.
+    """
+
+    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+        return penalties.trace_norm(values)

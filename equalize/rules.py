@@ -3,6 +3,7 @@
 import copy
 import math
 import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
@@ -38,6 +39,15 @@ class Rule:
 
     _binding: "tuple[Group, Member] | None" = None
     _dial: Any = None
+
+    @property
+    def count(self) -> int | None:
+        """How many members the rule is for; None where any number will do."""
+        return None
+
+    def among(self, places: Sequence[int]) -> "Rule":
+        """The rule for some of the members that it was given for, by their places in the group."""
+        return self
 
     @property
     def hard(self) -> bool:

@@ -148,3 +148,29 @@ def in_new_process(function, *arguments) -> int:
     if done.returncode > 0:
         raise AssertionError(done.stderr)
     return done.returncode
+
+
+def gradients(function, variables):
+    """The gradients of a scalar function of variables, as arrays; None where there is none."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = function()
+        found = tape.gradient(value, [variable.value for variable in variables])
+    elif BACKEND == "torch":
+        import torch
+
+        moving = [variable for variable in variables if variable.trainable]
+        found = torch.autograd.grad(function(), [variable.value for variable in moving], allow_unused=True)
+        by_id = dict(zip(map(id, moving), found, strict=True))
+        found = [by_id.get(id(variable)) for variable in variables]
+    else:
+        import jax
+
+        def stateless(values):
+            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+                return function()
+
+        found = jax.grad(stateless)([variable.value for variable in variables])
+    return [None if gradient is None else ops.convert_to_numpy(gradient) for gradient in found]

@@ -25,3 +25,12 @@ def arrays(shape, dtype="float32", bound=None, specials=False):
 def groups(dtype="float32", max_members=9, bound=1e6):
     """Lists of arrays of one shape."""
     return shapes.flatmap(lambda shape: st.lists(arrays(shape, dtype, bound), min_size=2, max_size=max_members))
+
+
+def stacks(min_members=1, max_members=20, min_dims=0):
+    """Arrays of shape `(n, ...)` for n members, in eighths so that many entries are equal and no difference is tiny."""
+    numbers = st.integers(-2, 2) | st.integers(-80, 80).map(lambda eighths: eighths / 8)
+    sizes = st.tuples(
+        st.integers(min_members, max_members), hnp.array_shapes(min_dims=min_dims, max_dims=2, max_side=3)
+    )
+    return sizes.flatmap(lambda size: hnp.arrays(np.float64, (size[0], *size[1]), elements=numbers))

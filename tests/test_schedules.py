@@ -154,3 +154,11 @@ def test_a_group_that_does_not_exist_is_an_error_when_training_starts():
     callback.set_model(model)
     with pytest.raises(EqualizeError, match=r"no group 'tower'. Expected one of: \['towers'\]"):
         callback.on_train_begin()
+
+
+def test_a_matrix_of_factors_is_refused():
+    model, registry = apart(PairwiseL2(factor=[[0.0, 1.0], [1.0, 0.0]]))
+    callback = FactorSchedule(registry, "towers", float)
+    callback.set_model(model)
+    with pytest.raises(EqualizeError, match="expected a number, received a matrix"):
+        callback.on_train_begin()

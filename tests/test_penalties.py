@@ -1,0 +1,172 @@
+"""The pure functions of `equalize.penalties`, against brute force."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from keras import ops
+
+from equalize import backend, penalties
+from tests import references, strategies
+from tests.conftest import BACKEND, gradients
+
+NAMES = ["mean_l2", "pairwise_l2", "pairwise_norm", "pairwise_l1", "chain_l2", "trace_norm"]
+WEIGHTED = ["pairwise_l2", "pairwise_norm"]
+BY_DIFFERENCES = [name for name in NAMES if name != "trace_norm"]
+
+
+def evaluated(name, values, *strengths):
+    """The value of a penalty and its gradients, from its shares."""
+    variables = [keras.Variable(value, dtype="float32") for value in values]
+    shares = getattr(penalties, name)([ops.convert_to_tensor(value.value) for value in frozen(variables)], *strengths)
+    total = sum(float(ops.convert_to_numpy(share(v.value))) for share, v in zip(shares, variables, strict=True))
+
+    def loss():
+        return sum(share(ops.convert_to_tensor(v)) for share, v in zip(shares, variables, strict=True))
+
+    return total, np.stack(gradients(loss, variables))
+
+
+def frozen(variables):
+    return [keras.Variable(ops.convert_to_numpy(v.value), trainable=False, dtype="float32") for v in variables]
+
+
+def close(found, expected, scale=1.0):
+    assert found[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-4 * scale)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
+
+
+def random_strengths(n, seed=0):
+    upper = np.triu(np.random.default_rng(seed).uniform(0, 2, (n, n)), 1)
+    upper[upper < 0.5] = 0.0
+    return upper + upper.T
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(values=strategies.stacks(max_members=20))
+def test_value_and_gradient_are_those_of_brute_force(name, values):
+    assume(name != "trace_norm" or references.well_conditioned(values))
+    expected = getattr(references, name)(values)
+    close(evaluated(name, values), expected, 1.0 + np.sum(values**2))
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@given(values=strategies.stacks(max_members=20), seed=st.integers(0, 1000))
+def test_with_strengths_too(name, values, seed):
+    strengths = random_strengths(len(values), seed)
+    expected = getattr(references, name)(values, strengths)
+    close(evaluated(name, values, strengths), expected, 1.0 + np.sum(values**2))
+
+
+@pytest.mark.parametrize("name", ["pairwise_l1", "pairwise_norm", "pairwise_l2"])
+@pytest.mark.parametrize("few", [0, 10**6])
+@given(values=strategies.stacks(max_members=7))
+def test_each_form_is_that_of_brute_force_whatever_the_number_of_members(name, few, values):
+    strengths = [np.ones((len(values),) * 2)] if name in WEIGHTED else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(penalties, "_FEW", few)
+        found = evaluated(name, values, *strengths)
+    close(found, getattr(references, name)(values), 1.0 + np.sum(values**2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_references_have_the_gradients_of_their_values(name):
+    values = np.random.default_rng(0).normal(size=(5, 2, 2))
+    strengths = random_strengths(5) if name in WEIGHTED else None
+    penalty = getattr(references, name)
+    numeric, step = np.zeros_like(values), 1e-6
+    for place in np.ndindex(values.shape):
+        shift = np.zeros_like(values)
+        shift[place] = step
+        numeric[place] = (penalty(values + shift, strengths)[0] - penalty(values - shift, strengths)[0]) / (2 * step)
+    np.testing.assert_allclose(penalty(values, strengths)[1], numeric, rtol=1e-5, atol=1e-7)
+
+
+def written_out(name, values):
+    """The penalties as one would write them with `keras.ops`."""
+    pairs = [values[i] - values[j] for j in range(len(values)) for i in range(j)]
+    return {
+        "mean_l2": lambda: ops.sum(ops.square(ops.stack(values) - ops.mean(ops.stack(values), axis=0))),
+        "pairwise_l2": lambda: sum(ops.sum(ops.square(pair)) for pair in pairs),
+        "pairwise_norm": lambda: sum(ops.sqrt(ops.sum(ops.square(pair))) for pair in pairs),
+        "pairwise_l1": lambda: sum(ops.sum(ops.abs(pair)) for pair in pairs),
+        "chain_l2": lambda: sum(ops.sum(ops.square(b - a)) for a, b in itertools.pairwise(values)),
+        "trace_norm": lambda: ops.sum(
+            ops.svd(ops.reshape(ops.stack(values), (len(values), -1)), full_matrices=False)[1]
+        ),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [2, 5, 18])
+def test_gradients_are_those_of_automatic_differentiation(name, n):
+    values = np.random.default_rng(n).normal(size=(n, 5, 4)).astype("float32")
+    variables = [keras.Variable(value) for value in values]
+    expected = gradients(lambda: written_out(name, [backend.tensor(v) for v in variables]), variables)
+    np.testing.assert_allclose(evaluated(name, values)[1], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", BY_DIFFERENCES)
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_nothing_and_no_gradient_at_equality(name, n):
+    value = np.random.default_rng(0).normal(size=(3, 2)).astype("float32")
+    total, gradient = evaluated(name, [value] * n)
+    assert total == 0.0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_the_trace_norm_of_equal_members_and_of_none_at_all(n):
+    value = np.random.default_rng(0).normal(size=(30, 20)).astype("float32")
+    norm = np.linalg.norm(value)
+    total, gradient = evaluated("trace_norm", [value] * n)
+    assert total == pytest.approx(np.sqrt(n) * norm, rel=1e-5)
+    np.testing.assert_allclose(gradient, [value / norm / np.sqrt(n)] * n, rtol=1e-4, atol=1e-6)
+    total, gradient = evaluated("trace_norm", [0.0 * value] * n)
+    assert (total, gradient.any()) == (0.0, False)
+
+
+def test_the_trace_norm_does_not_count_what_the_gram_matrix_rounds():
+    random = np.random.default_rng(0)
+    left, _ = np.linalg.qr(random.normal(size=(6, 6)))
+    right, _ = np.linalg.qr(random.normal(size=(50, 6)))
+    values = (left * np.array([1.0, 0.5, 0.2, 5e-3, 0.0, 0.0])) @ right.T
+    total, gradient = evaluated("trace_norm", values)
+    assert total == pytest.approx(1.705, abs=3e-5)
+    np.testing.assert_allclose(gradient, left[:, :4] @ right[:, :4].T, atol=1e-2)
+
+
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_a_pair_that_is_close_among_others_far_away_pulls_with_its_full_strength(few, monkeypatch):
+    monkeypatch.setattr(penalties, "_FEW", few)
+    values = np.zeros((3, 4), "float32")
+    values[1, 0], values[2] = 1e-6, 1e3
+    gradient = evaluated("pairwise_norm", values)[1]
+    np.testing.assert_allclose(gradient[0], [-1.5, -0.5, -0.5, -0.5], rtol=1e-5)
+    np.testing.assert_allclose(gradient[1], [0.5, -0.5, -0.5, -0.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [3, 20])
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_what_is_not_finite_shows_and_raises_nothing(name, n, special):
+    values = np.random.default_rng(0).normal(size=(n, 2, 3)).astype("float32")
+    values[1, 0, 0] = special
+    assert not np.isfinite(evaluated(name, values)[0])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="looks at the tensors of a graph of TensorFlow")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [4, 40])
+def test_no_tensor_is_larger_than_the_group(name, n):
+    import tensorflow as tf
+
+    def total(*values):
+        return sum(share(value) for share, value in zip(getattr(penalties, name)(values), values, strict=True))
+
+    graph = tf.function(total, autograph=False).get_concrete_function(*[tf.zeros((30, 20))] * n).graph
+    sizes = [output.shape.num_elements() or 0 for operation in graph.get_operations() for output in operation.outputs]
+    assert 30 * 20 <= max(sizes) <= 30 * 20 * n
