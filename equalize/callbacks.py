@@ -169,7 +169,8 @@ class FactorSchedule(keras.callbacks.Callback):
                     f"matrix, in {group.rule.describe()}. Give `registry['{group.name}'].rule` a rule with another "
                     "matrix instead."
                 )
-        if any([group.rule.make_adjustable() for group in groups]):
+        newly_adjustable = [group.rule.make_adjustable() for group in groups]
+        if any(newly_adjustable):
             retracing.renew(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

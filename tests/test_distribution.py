@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import equalize
-from equalize.callbacks import TieMonitor
+from equalize.callbacks import FactorSchedule, TieMonitor
 from equalize.constraints import Equal
+from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from tests.conftest import BACKEND, MODES, data, in_new_process, kernels, towers
 
@@ -24,6 +25,9 @@ TIES = {
     "soft": {"regularizer": lambda: MeanL2("towers", 0.3)},
     "frozen": {"constraint": lambda: Equal("towers"), "frozen": (1,)},
     "averaged": {"constraint": lambda: Equal("towers")},
+    "exact": {"constraint": lambda: Equal("towers")},
+    "exact, averaged": {"constraint": lambda: Equal("towers")},
+    "scheduled": {"constraint": lambda: Equal("towers", rate=0.5)},
 }
 # XLA refuses a step over variables on two devices, tied or not (TensorFlow 2.21).
 RUNS = [(tie, mode) for tie in TIES for mode in MODES if mode != "jit"]
@@ -54,13 +58,17 @@ def train(strategy, tie, mode):
     with strategy.scope():
         model = towers(3, **TIES[tie])
         registry = equalize.GroupRegistry().link(model)
-        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, use_ema=tie == "averaged")
-        if tie == "partial":  # then nothing but the tie moves the members
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, use_ema="averaged" in tie)
+        if "exact" in tie:
+            optimizer = TiedOptimizer(optimizer, registry)
+        if tie in ("partial", "scheduled"):  # then nothing but the tie moves the members
             optimizer = keras.optimizers.SGD(0.0)
         model.compile(optimizer, "mse", **MODES[mode])
     x, y = data()
     monitor, copies = TieMonitor(registry), Copies(strategy, kernels(model))
-    run = model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0, callbacks=[monitor, copies])
+    schedule = [FactorSchedule(registry, "towers", lambda epoch: (0.5, 0.25)[epoch])] if tie == "scheduled" else []
+    callbacks = [monitor, copies, *schedule]
+    run = model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
     assert list(monitor.broken) == (["towers"] if tie == "averaged" else [])
     return np.array(copies.values), run.history["spread/towers"]
 
@@ -88,10 +96,13 @@ def test_a_tie_over_two_devices_is_the_tie_on_one(mirrored, tie, mode):
     assert values.shape == (5, 3, 2, 5, 4)
     assert np.array_equal(values[:, :, 0], values[:, :, 1])
     for members in values:
-        assert (len({member.tobytes() for member in members}) == 1) == (tie not in ("partial", "soft"))
+        assert (len({member.tobytes() for member in members}) == 1) == (tie not in ("partial", "soft", "scheduled"))
     assert len({step.tobytes() for step in values[:-1]}) == (1 if tie == "frozen" else 4)
     np.testing.assert_allclose(values[:, :, :1], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(spreads, expected_spreads, rtol=1e-5)
+    if tie == "scheduled":
+        distances = np.ptp(values[:4, :, 0], axis=1).max(axis=(1, 2))
+        np.testing.assert_allclose(distances / distances[0], [1.0, 0.5, 0.375, 0.28125], rtol=1e-4)
     if tie == "partial":  # by its rate once a step, whatever the number of devices
         distances = (values - values.mean(1, keepdims=True))[:4]
         np.testing.assert_allclose(distances, distances[:1] * 0.75 ** np.arange(4).reshape(4, 1, 1, 1, 1), atol=1e-6)
