@@ -9,7 +9,9 @@ import numpy as np
 from keras import ops
 
 from equalize import retracing, rules
+from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, NotLinkedError
+from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
 
 
@@ -28,6 +30,9 @@ class TieMonitor(keras.callbacks.Callback):
     training ends (`EarlyStopping(restore_best_weights=True)`) and took them from averages, after `SwapEMAWeights`,
     must come before the monitor. Files that `ModelCheckpoint` writes of swapped weights hold the averages as they
     are; link what is loaded from them with `initial="mean"`.
+
+    Under `equalize.optimizers.TiedOptimizer` averages end equal by themselves. `SwapEMAWeights` swaps one member of
+    each group there, and the monitor gives the others the same, if it comes after it in the list of callbacks.
 
     Partial and soft groups are only logged. A group with an anchor takes the anchor's value.
 
@@ -82,7 +87,17 @@ class TieMonitor(keras.callbacks.Callback):
                 "`registry = equalize.GroupRegistry().link(model)` and give the monitor that registry."
             )
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._follow()
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._follow()
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._follow()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._follow()
         if logs is not None:
             logs.update({f"spread/{name}": spread for name, spread in self._spread().items()})
 
@@ -104,12 +119,22 @@ class TieMonitor(keras.callbacks.Callback):
             stacklevel=2,
         )
 
+    def _follow(self) -> None:
+        """Under a TiedOptimizer, gives all members what `SwapEMAWeights` wrote to one."""
+        for optimizer in from_outside_in(getattr(self.model, "optimizer", None)):
+            if isinstance(optimizer, TiedOptimizer) and optimizer.built and optimizer.averages:
+                self._take_back()
+                optimizer.follow()
+
     def _spread(self) -> dict[str, float]:
         """The spread of every group, of the weights as they are now."""
-        model = self.model
-        if hasattr(model, "jax_state_sync"):
-            model.jax_state_sync()  # during an epoch on JAX the weights are in the compiled step, not in the model
+        self._take_back()
         return self.registry.spread()
+
+    def _take_back(self) -> None:
+        """During an epoch on JAX the weights are in the compiled step, not in the model."""
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
 
 
 class FactorSchedule(keras.callbacks.Callback):

@@ -42,7 +42,7 @@ def findings(groups: Sequence[Group], models: Sequence[keras.Model], *, monitore
     found = [*_unequal(groups)]
     for model in models:
         found += _undone(model)
-        optimizers = _from_outside_in(getattr(model, "optimizer", None))
+        optimizers = from_outside_in(getattr(model, "optimizer", None))
         if optimizers:
             own = {id(weight) for weight in model.weights}
             as_one = {id(group) for optimizer in optimizers for group in getattr(optimizer, "groups", ())}
@@ -150,7 +150,7 @@ def _about_optimizer(group: Group, optimizer: Any, known: set[int], *, monitored
         )
 
 
-def _from_outside_in(optimizer: Any) -> list[Any]:
+def from_outside_in(optimizer: Any) -> list[Any]:
     """An optimizer and those inside it; empty for what is no Keras optimizer."""
     nested = [optimizer]
     while hasattr(nested[-1], "inner_optimizer"):

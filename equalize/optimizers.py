@@ -1,40 +1,19 @@
 """Optimizers that tie: one update for a whole group, from the sum of its members' gradients."""
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-from equalize import backend, binding, matching
+from equalize import binding, leading, matching
+from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.groups import Group
-from equalize.members import Member
+from equalize.leading import Lead
 from equalize.projections import Tensor
 from equalize.registry import GroupRegistry, checked_registry
 
 _REDUCTIONS = ("sum", "mean")
-
-
-@dataclass(frozen=True)
-class _Lead:
-    """A hard group in one optimizer.
-
-    Attributes:
-        group: The group.
-        moving: The members that may move and that the optimizer trains, by their index among its variables.
-        leader: The index of the member that is updated for all; None where an anchor holds the group.
-    """
-
-    group: Group
-    moving: dict[int, Member]
-    leader: int | None
-
-    @property
-    def handed(self) -> set[int]:
-        """The indices that the inner optimizer gets: the leader, and members that a view leaves free entries in."""
-        return {index for index, member in self.moving.items() if index == self.leader or not member.whole}
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -53,8 +32,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     tied, are trained as ever. Entries of a member that a `Slice` leaves free have slots of their own.
 
     The learning rate, `iterations`, `variables` and what callbacks do with them are the inner optimizer's. Settings
-    of a member for itself, for instance `exclude_from_weight_decay`, count if they are those of the first member.
-    `keras.callbacks.SwapEMAWeights` swaps the first member of a group only.
+    of a member for itself, for instance `exclude_from_weight_decay`, count if they are those of the member that comes
+    first in the model. What writes variables by the inner optimizer's list, as `keras.callbacks.SwapEMAWeights` does,
+    writes that member only: train with `equalize.callbacks.TieMonitor` after it, or call `follow`.
 
     After loading a model with its optimizer, link before training on: `model.optimizer.registry.link(model)`.
 
@@ -117,7 +97,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             matching.require_equal_if_known(lead.group)
         if leads or self._handed is None or max(self._handed, default=0) >= len(variables):
             self._require_leads(leads)
-            self._handed = _handed(leads, len(variables))
+            self._handed = tuple(leading.handed(leads, len(variables)))
         self.inner_optimizer.build([variables[index] for index in self._handed])
         super().build(variables)
 
@@ -125,6 +105,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     def groups(self) -> list[Group]:
         """The hard groups that are updated as one variable each."""
         return [lead.group for lead in self._leads(self._trainable_variables)]
+
+    @property
+    def averages(self) -> bool:
+        """Whether the inner optimizer keeps averages of weights, which callbacks may swap with the weights."""
+        return any(optimizer.use_ema for optimizer in from_outside_in(self.inner_optimizer))
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         super().apply_gradients(grads_and_vars)
@@ -147,10 +132,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             indices = [self._get_variable_index(variable) for variable in trainable_variables]
         leads = self._leads_as_built()
         reduced = self._reduced(leads, dict(zip(indices, grads, strict=True)))
-        with _leading(leads):
+        with leading.leading(leads):
             variables = [self._trainable_variables[index] for index in reduced]
             self.inner_optimizer.apply(list(reduced.values()), variables)
-        _follow(leads)
+        for lead in leads:
+            lead.follow()
 
     def stateless_apply(
         self,
@@ -167,7 +153,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             leads = self._leads_as_built()
             reduced = self._reduced(leads, dict(enumerate(grads)))
             handed = [variables[index] for index in self._handed or ()]
-            with _leading(leads):
+            with leading.leading(leads):
                 new_values, slots = self.inner_optimizer.stateless_apply(
                     list(optimizer_variables),
                     [reduced.get(index) for index in self._handed or ()],
@@ -175,12 +161,18 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 )
             for variable, value in zip(handed, new_values, strict=True):
                 variable.assign(value)
-            _follow(leads)
+            for lead in leads:
+                lead.follow()
             return [scope.get_current_value(variable) for variable in variables], slots
 
     def finalize_variable_values(self, var_list: Any) -> None:
         self.inner_optimizer.finalize_variable_values([self._trainable_variables[i] for i in self._handed or ()])
-        _follow(self._leads_as_built())
+        self.follow()
+
+    def follow(self) -> None:
+        """Gives the members of each group the value of the one that is updated for all, which something else wrote."""
+        for lead in self._leads_as_built():
+            lead.follow()
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         return self.inner_optimizer.scale_loss(loss)
@@ -250,33 +242,27 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         """
         config = dict(config)
         handed = config.pop("handed", None)
+        if handed is not None and not (isinstance(handed, (list, tuple)) and all(type(i) is int for i in handed)):
+            raise EqualizeError(f"`handed` must be a list of indices, or None. Received: {handed!r}.")
         for key in ("inner_optimizer", "registry"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         optimizer = cls(**config)
         optimizer._handed = None if handed is None else tuple(handed)
         return optimizer
 
-    def _leads(self, variables: Sequence[keras.Variable]) -> list[_Lead]:
+    def _leads(self, variables: Sequence[keras.Variable]) -> list[Lead]:
         """The hard groups among the variables: the registry's, or where it has none those that are on them."""
-        indices = {id(variable): index for index, variable in enumerate(variables)}
         groups = list(self.registry.values())
         if not groups:
             bound = [rule.bound_group for variable in variables for rule in binding.rules_on(variable)]
             groups = list({id(group): group for group in bound if group is not None}.values())
-        leads = []
-        for group in groups:
-            members = group.members if group.hard else ()
-            moving = {indices[id(m.variable)]: m for m in members if not m.anchor and id(m.variable) in indices}
-            if moving:
-                held = any(member.anchor for member in members)
-                leads.append(_Lead(group, moving, None if held else min(moving, key=lambda i: _detours(moving[i]))))
-        return leads
+        return leading.find_leads(groups, variables)
 
-    def _leads_as_built(self) -> list[_Lead]:
+    def _leads_as_built(self) -> list[Lead]:
         """The hard groups now, which must be those that slots were made for."""
         leads = self._leads(self._trainable_variables)
         self._require_leads(leads)
-        missing = set(_handed(leads, len(self._trainable_variables))) - set(self._handed or ())
+        missing = set(leading.handed(leads, len(self._trainable_variables))) - set(self._handed or ())
         if missing:
             paths = ", ".join(f"'{self._trainable_variables[index].path}'" for index in sorted(missing))
             raise EqualizeError(
@@ -285,7 +271,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             )
         return leads
 
-    def _require_leads(self, leads: Sequence[_Lead]) -> None:
+    def _require_leads(self, leads: Sequence[Lead]) -> None:
         frozen = any(group.hard and all(m.anchor for m in group.members) for group in self.registry.values())
         if not leads and not frozen:
             raise NotLinkedError(
@@ -294,23 +280,12 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 "`registry.link(model)`, and after loading a model `model.optimizer.registry.link(model)`."
             )
 
-    def _reduced(self, leads: Sequence[_Lead], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
+    def _reduced(self, leads: Sequence[Lead], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
         """The gradients for the inner optimizer, in the order of the variables: those of a group are one."""
-        reduced = dict(grads)
+        tied = {index for lead in leads for index in lead.moving}
+        reduced = {index: gradient for index, gradient in grads.items() if index not in tied}
         for lead in leads:
-            given = {index: grads[index] for index in lead.moving if grads.get(index) is not None}
-            for index in lead.moving:
-                reduced.pop(index, None)
-            if not given:
-                if lead.leader is not None and not grads.keys().isdisjoint(lead.moving):
-                    reduced[lead.leader] = None
-                continue
-            total = backend.add([lead.moving[index].pull_gradient(gradient) for index, gradient in given.items()])
-            if self.reduction == "mean":
-                total = backend.scale(total, 1.0 / len(lead.moving))
-            for index in lead.handed & ({lead.leader} | given.keys()):
-                part = total if index == lead.leader else keras.ops.zeros_like(total)
-                reduced[index] = lead.moving[index].show_gradient(part, given.get(index))
+            reduced |= lead.reduced(grads, self.reduction)
         if self._scaled_outside and isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
             # A LossScaleOptimizer around this one has unscaled what the one inside expects to be scaled.
             reduced = {i: None if g is None else self.inner_optimizer.scale_loss(g) for i, g in reduced.items()}
@@ -332,33 +307,3 @@ def _checked_optimizer(optimizer: Any) -> Any:
             "with all groups."
         )
     return found
-
-
-def _detours(member: Member) -> tuple[bool, bool, bool]:
-    """What speaks against a member as leader: free entries, rounding, any view at all."""
-    return not member.whole, not member.exact, member.view is not None
-
-
-def _handed(leads: Sequence[_Lead], count: int) -> tuple[int, ...]:
-    """The indices of the variables that the inner optimizer gets, among `count`."""
-    kept = set().union(*(lead.handed for lead in leads))
-    tied = {index for lead in leads for index in lead.moving}
-    return tuple(index for index in range(count) if index in kept or index not in tied)
-
-
-@contextlib.contextmanager
-def _leading(leads: Sequence[_Lead]) -> Any:
-    """While the inner optimizer updates: Keras's calls of the groups' constraints project nothing."""
-    with contextlib.ExitStack() as stack:
-        for lead in leads:
-            stack.enter_context(lead.group.led())
-        yield
-
-
-def _follow(leads: Sequence[_Lead]) -> None:
-    """Gives each group what its leader became, or its anchor is."""
-    for lead in leads:
-        if lead.leader is None:
-            lead.group.project()
-        else:
-            lead.group.follow(lead.moving[lead.leader])

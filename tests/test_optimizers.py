@@ -204,6 +204,26 @@ def test_the_monitor_finds_nothing_to_repair_when_weights_are_averaged():
     registry.check()
 
 
+@pytest.mark.parametrize("on_epoch", [False, True])
+def test_swapped_averages_reach_all_members_with_the_monitor_after_the_swap(on_epoch):
+    results = []
+    for shared in (True, False):
+        inner = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9)
+        model, registry, optimizer = tied_towers(inner=inner)
+        if shared:
+            registry.untie()
+            equalize.share(*kernels(model))
+        model.compile(inner if shared else optimizer, "mse", **MODES[QUICK])
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)
+        monitor = [] if shared else [equalize.callbacks.TieMonitor(registry)]
+        history = train(model, swap, *monitor, epochs=3, validation_data=data(seed=1)).history
+        if monitor:
+            assert monitor[0].broken == {}
+            assert history["spread/towers"] == [0.0] * 3
+        results.append((history["loss"], history["val_loss"], [bits(kernel) for kernel in kernels(model)]))
+    assert results[0] == results[1]
+
+
 def test_nothing_is_found_by_diagnose_that_concerns_members_one_by_one():
     inner = keras.optimizers.Adam(0.01, global_clipnorm=1.0, use_ema=True, gradient_accumulation_steps=2)
     model, registry, optimizer = tied_towers(inner=inner)
