@@ -99,7 +99,7 @@ def dial(number: float) -> Any:
         return None
     import tensorflow as tf
 
-    return tf.Variable(number, dtype="float64", trainable=False, name="strength")
+    return tf.Variable(tf.constant(number, "float64"), trainable=False, name="strength")
 
 
 def eagerly() -> AbstractContextManager[None]:

@@ -40,8 +40,9 @@ class Lead:
         """
         given = {index: gradients[index] for index in self.moving if gradients.get(index) is not None}
         if not given:
-            asked = self.leader is not None and not gradients.keys().isdisjoint(self.moving)
-            return {self.leader: None} if asked else {}
+            if self.leader is None or gradients.keys().isdisjoint(self.moving):
+                return {}
+            return {self.leader: None}
         total = backend.add([self.moving[index].pull_gradient(gradient) for index, gradient in given.items()])
         if reduction == "mean":
             total = backend.scale(total, 1.0 / len(self.moving))

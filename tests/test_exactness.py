@@ -57,8 +57,16 @@ SETTINGS = {
 }
 
 
-def branches(n, *, shared, views=None, units=4, **arguments):
-    """n branches with an input each and a head that all share, with one kernel or with n equal ones."""
+class Blocked(keras.layers.Layer):
+    def call(self, x):
+        return ops.stop_gradient(x)
+
+
+def branches(n, *, shared, units=4, blocked=(), **arguments):
+    """n branches with an input each and a head that all share, with one kernel or with n equal ones.
+
+    Those that are blocked get no gradient.
+    """
     keras.utils.set_random_seed(1)
     entrances = [keras.Input((5,)) for _ in range(n)]
     layers = [
@@ -67,6 +75,7 @@ def branches(n, *, shared, views=None, units=4, **arguments):
     ]
     layers = layers * n if shared else layers
     outputs = [layer(entrance) for layer, entrance in zip(layers, entrances, strict=True)]
+    outputs = [Blocked()(output) if i in blocked else output for i, output in enumerate(outputs)]
     model = keras.Model(entrances, keras.layers.Dense(1, name="head")(keras.layers.Concatenate()(outputs)))
     random = np.random.default_rng(0)
     for variable in model.trainable_variables:
@@ -157,6 +166,18 @@ def test_in_every_way_to_run_a_step(mode):
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has no `steps_per_execution` there")
 def test_several_steps_at_once():
     assert_same_bits(*both_runs(OPTIMIZERS["adam"], steps=20, steps_per_execution=2, **MODES[QUICK]))
+
+
+@pytest.mark.parametrize("blocked", [(0,), (1, 2)], ids=str)
+def test_members_without_a_gradient_count_as_zero(blocked):
+    results = []
+    for shared in (True, False):
+        model, kernels = branches(3, shared=shared, blocked=blocked)
+        optimizer = O.Adam(0.01) if shared else TiedOptimizer(O.Adam(0.01), tie(kernels))
+        results.append(run(model, optimizer, kernels, steps=20))
+    assert not np.array_equal(results[0][0], results[0][-1])
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-6, atol=1e-7)
+    assert all(len({value.tobytes() for value in step}) == 1 for step in results[1])
 
 
 def test_a_mean_of_gradients_is_sharing_at_a_smaller_learning_rate():
