@@ -111,12 +111,15 @@ def _over_pairs(values: Sequence[Tensor], pairs: Sequence[Pair], term: Term) -> 
     """A penalty and its gradients, pair by pair."""
     total = ops.zeros((), values[0].dtype)
     slopes: list[Tensor | None] = [None] * len(values)
+    done: list[Tensor] = []
     for i, j, strength in pairs:
-        value, slope = term(values[i] - values[j])
-        value, slope = (value, slope) if strength == 1.0 else (strength * value, strength * slope)
-        total = total + value
-        slopes[i] = slope if slopes[i] is None else slopes[i] + slope
-        slopes[j] = -slope if slopes[j] is None else slopes[j] - slope
+        with backend.after(done):  # else all differences would be there at once
+            value, slope = term(values[i] - values[j])
+            value, slope = (value, slope) if strength == 1.0 else (strength * value, strength * slope)
+            total = total + value
+            slopes[i] = slope if slopes[i] is None else slopes[i] + slope
+            slopes[j] = -slope if slopes[j] is None else slopes[j] - slope
+        done = [total, slopes[i], slopes[j]]
     return total, [ops.zeros_like(values[0]) if slope is None else slope for slope in slopes]
 
 
@@ -125,10 +128,11 @@ def _over_rows(values: Sequence[Tensor], strengths: np.ndarray, terms: Term) -> 
     rows = _rows(values)
     total, slopes = ops.zeros((), rows.dtype), []
     for i, row in enumerate(ops.unstack(rows)):
-        strength = ops.convert_to_tensor(strengths[i], dtype=rows.dtype)
-        value, slope = terms(row - rows)
-        total = total + 0.5 * ops.sum(strength * value)
-        slopes.append(ops.reshape(ops.matmul(strength, slope), values[0].shape))
+        with backend.after([total, *slopes[-1:]]):
+            strength = ops.convert_to_tensor(strengths[i], dtype=rows.dtype)
+            value, slope = terms(row - rows)
+            total = total + 0.5 * ops.sum(strength * value)
+            slopes.append(ops.reshape(ops.matmul(strength, slope), values[0].shape))
     return total, slopes
 
 

@@ -73,6 +73,7 @@ def test_the_config_of_a_registry_is_plain_data():
     registry = equalize.GroupRegistry()
     registry.tie("g", kernels(model), PairwiseNorm(factor=MATRIX))
     config = json.loads(json.dumps(registry.get_config()))
+    assert config["groups"][0]["rule"]["config"]["factor"] == MATRIX.tolist()
     before = number(registry.penalty())
     registry.untie()
     assert number(equalize.GroupRegistry.from_config(config).link(model).penalty()) == pytest.approx(before)
