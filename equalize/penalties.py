@@ -146,12 +146,21 @@ def _by_rank(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     edge = ops.ones_like(steps[:1])
     first = ops.where(ops.concatenate([edge, steps]), place, 0.0)
     last = ops.where(ops.concatenate([steps, edge]), place, float(n))
-    below = ops.associative_scan(ops.maximum, first)
-    above = float(n - 1) - ops.associative_scan(ops.minimum, last, reverse=True)
-    ranks = ops.reshape(below - above, rows.shape)  # Keras's scan forgets the shape on TensorFlow (3.15)
+    below = _running(ops.maximum, first)
+    above = float(n - 1) - ops.flip(_running(ops.minimum, ops.flip(last, 0)), 0)
+    ranks = below - above
     total = ops.sum(ranks * (ascending - ascending[n // 2]))
     slopes = ops.take_along_axis(ranks, ops.argsort(order, axis=0), axis=0)
     return total, [ops.reshape(slope, values[0].shape) for slope in ops.unstack(slopes)]
+
+
+def _running(largest: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
+    """The largest row so far, at each row. Keras's `associative_scan` does not compile on TensorFlow (3.15)."""
+    step = 1
+    while step < rows.shape[0]:
+        rows = ops.concatenate([rows[:step], largest(rows[step:], rows[:-step])])
+        step *= 2
+    return rows
 
 
 def _rows(values: Sequence[Tensor]) -> Tensor:
