@@ -175,7 +175,7 @@ class PairwiseL1(SoftTie):
 
     In each entry a member is pulled by the number of members above it less the number below it, which sorting tells
     without forming a pair: O(n log n) time for a group of n, and O(n) memory. Groups of up to 16 are compared
-    directly, which is several times faster. Equal entries do not pull each other (the subgradient 0). Steps along a subgradient
+    directly, which is faster. Equal entries do not pull each other (the subgradient 0). Steps along a subgradient
     come near to equality and then hop about it, by about learning rate times factor times n.
 
     Args:
