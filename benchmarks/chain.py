@@ -15,7 +15,8 @@ from benchmarks.task import Options, Record, Row, Task
 
 WIDTH = 1024
 BATCH = 32
-WAYS = ("untied", "reference", "hard", "mean_l2", "pairwise_l2", "stack", "callback", "all_pairs")
+PENALTIES = ("mean_l2", "pairwise_l2", "chain_l2", "pairwise_norm", "pairwise_l1", "trace_norm")
+WAYS = ("untied", "reference", "hard", *PENALTIES, "stack", "callback", "all_pairs")
 
 # The ratios to reach, for each length.
 GOALS = {
@@ -25,6 +26,11 @@ GOALS = {
     ("mean_l2", 16): 1.22,
     ("pairwise_l2", 4): 1.22,
     ("pairwise_l2", 16): 1.22,
+    ("chain_l2", 4): 1.3,
+    ("chain_l2", 16): 1.3,
+    ("pairwise_norm", 4): 1.6,
+    ("pairwise_l1", 4): 1.6,
+    ("trace_norm", 16): 2.0,
 }
 
 

@@ -195,6 +195,19 @@ def scale(gradient: Tensor, factor: float) -> Tensor:
     return gradient * factor
 
 
+def after(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """A scope whose operations begin when the tensors are there.
+
+    TensorFlow starts every operation of a graph as soon as it can, and so holds what it could compute one after the
+    other all at once. Compilers order operations by the memory that they need, and eager code runs as written.
+    """
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.control_dependencies(tensors)
+    return nullcontext()
+
+
 def sum_of_squares(x: Tensor) -> Tensor:
     """Σ x², a scalar. TensorFlow has one operation for it, with a gradient that reads `x` once."""
     if _BACKEND == "tensorflow":

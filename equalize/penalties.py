@@ -115,12 +115,15 @@ def _over_pairs(values: Sequence[Tensor], pairs: Sequence[Pair], term: Term) -> 
     """A penalty and its gradients, pair by pair."""
     total = ops.zeros((), values[0].dtype)
     slopes: list[Tensor | None] = [None] * len(values)
+    done: list[Tensor] = []
     for i, j, strength in pairs:
-        value, slope = term(values[i] - values[j])
-        value, slope = (value, slope) if strength == 1.0 else (strength * value, strength * slope)
-        total = total + value
-        slopes[i] = slope if slopes[i] is None else slopes[i] + slope
-        slopes[j] = -slope if slopes[j] is None else slopes[j] - slope
+        with backend.after(done):  # else all differences would be there at once
+            value, slope = term(values[i] - values[j])
+            value, slope = (value, slope) if strength == 1.0 else (strength * value, strength * slope)
+            total = total + value
+            slopes[i] = slope if slopes[i] is None else slopes[i] + slope
+            slopes[j] = -slope if slopes[j] is None else slopes[j] - slope
+        done = [total, slopes[i], slopes[j]]
     return total, [ops.zeros_like(values[0]) if slope is None else slope for slope in slopes]
 
 
@@ -129,10 +132,11 @@ def _over_rows(values: Sequence[Tensor], strengths: np.ndarray, terms: Term) -> 
     rows = _rows(values)
     total, slopes = ops.zeros((), rows.dtype), []
     for i, row in enumerate(ops.unstack(rows)):
-        strength = ops.convert_to_tensor(strengths[i], dtype=rows.dtype)
-        value, slope = terms(row - rows)
-        total = total + 0.5 * ops.sum(strength * value)
-        slopes.append(ops.reshape(ops.matmul(strength, slope), values[0].shape))
+        with backend.after([total, *slopes[-1:]]):
+            strength = ops.convert_to_tensor(strengths[i], dtype=rows.dtype)
+            value, slope = terms(row - rows)
+            total = total + 0.5 * ops.sum(strength * value)
+            slopes.append(ops.reshape(ops.matmul(strength, slope), values[0].shape))
     return total, slopes
 
 
@@ -146,12 +150,21 @@ def _by_rank(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     edge = ops.ones_like(steps[:1])
     first = ops.where(ops.concatenate([edge, steps]), place, 0.0)
     last = ops.where(ops.concatenate([steps, edge]), place, float(n))
-    below = ops.associative_scan(ops.maximum, first)
-    above = float(n - 1) - ops.associative_scan(ops.minimum, last, reverse=True)
-    ranks = ops.reshape(below - above, rows.shape)  # Keras's scan forgets the shape on TensorFlow (3.15)
+    below = _running(ops.maximum, first)
+    above = float(n - 1) - ops.flip(_running(ops.minimum, ops.flip(last, 0)), 0)
+    ranks = below - above
     total = ops.sum(ranks * (ascending - ascending[n // 2]))
     slopes = ops.take_along_axis(ranks, ops.argsort(order, axis=0), axis=0)
     return total, [ops.reshape(slope, values[0].shape) for slope in ops.unstack(slopes)]
+
+
+def _running(largest: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
+    """The largest row so far, at each row. Keras's `associative_scan` does not compile on TensorFlow (3.15)."""
+    step = 1
+    while step < rows.shape[0]:
+        rows = ops.concatenate([rows[:step], largest(rows[step:], rows[:-step])])
+        step *= 2
+    return rows
 
 
 def _rows(values: Sequence[Tensor]) -> Tensor:

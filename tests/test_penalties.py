@@ -170,3 +170,24 @@ def test_no_tensor_is_larger_than_the_group(name, n):
     graph = tf.function(total, autograph=False).get_concrete_function(*[tf.zeros((30, 20))] * n).graph
     sizes = [output.shape.num_elements() or 0 for operation in graph.get_operations() for output in operation.outputs]
     assert 30 * 20 <= max(sizes) <= 30 * 20 * n
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="looks at the operations of a graph of TensorFlow")
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_no_two_pairs_are_held_at_once(few, monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(penalties, "_FEW", few)
+
+    def total(*values):
+        return sum(share(value) for share, value in zip(penalties.pairwise_norm(values), values, strict=True))
+
+    graph = tf.function(total, autograph=False).get_concrete_function(*[tf.zeros((30, 20))] * 6).graph
+    members = {"Placeholder", "Pack", "Unpack"}
+    differences = [
+        operation
+        for operation in graph.get_operations()
+        if operation.type == "Sub" and all(tensor.op.type in members for tensor in operation.inputs)
+    ]
+    assert len(differences) == (6 if few == 0 else 15)
+    assert sum(not operation.control_inputs for operation in differences) <= 1

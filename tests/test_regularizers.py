@@ -10,7 +10,7 @@ from equalize.errors import EqualizeError, NotLinkedError
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.views import Scale, Transpose
 from tests import references, strategies
-from tests.conftest import bits, data, fit, gradients, kernels, no_loss, towers
+from tests.conftest import BACKEND, bits, data, fit, gradients, kernels, no_loss, towers
 
 RULES = {
     MeanL2: references.mean_l2,
@@ -111,16 +111,17 @@ def test_views_pull_the_members_back_before_the_penalty_sees_them(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("frozen", [(), (1,)], ids=str)
-def test_a_step_of_fit_is_the_step_by_hand(rule, frozen):
-    model = towers(4, regularizer=lambda: rule("g", 0.3), frozen=frozen)
+@pytest.mark.parametrize(("n", "frozen", "jit"), [(4, (), False), (4, (1,), False), (4, (), True), (18, (), True)])
+def test_a_step_of_fit_is_the_step_by_hand(rule, n, frozen, jit):
+    model = towers(n, regularizer=lambda: rule("g", 0.3), frozen=frozen)
     registry = equalize.GroupRegistry().link(model)
-    model.get_layer("head").kernel.assign(np.zeros((16, 1)))  # so that the loss pulls none of the members
+    model.get_layer("head").kernel.assign(np.zeros((4 * n, 1)))  # so that the loss pulls none of the members
     before = np.stack([ops.convert_to_numpy(kernel.value) for kernel in kernels(model)])
     expected, slopes = RULES[rule](before.astype("float64"))
     assert float(sum(ops.convert_to_numpy(loss) for loss in model.losses)) == pytest.approx(0.3 * expected, rel=1e-5)
     assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(0.3 * expected, rel=1e-5)
-    fit(model, optimizer=keras.optimizers.SGD(0.1), epochs=1, batch_size=32)
+    jit = jit and BACKEND != "torch"
+    fit(model, optimizer=keras.optimizers.SGD(0.1), epochs=1, batch_size=32, jit_compile=jit)
     slopes[list(frozen)] = 0.0
     after = np.stack([ops.convert_to_numpy(kernel.value) for kernel in kernels(model)])
     np.testing.assert_allclose(after, before - 0.1 * 0.3 * slopes, rtol=1e-5, atol=1e-6)
