@@ -10,6 +10,7 @@ from keras import ops
 
 from equalize import backend, freshness, projections
 from equalize.errors import EqualizeError, GroupMismatchError
+from equalize.evaluation import Evaluation
 from equalize.members import Member
 from equalize.projections import Tensor
 
@@ -33,7 +34,7 @@ class Group:
         self._members = tuple(members)
         self._watches: dict[Member, freshness.Watch] = {}
         self._uncalled: set[Member] = set()
-        self._statistic: _Statistic | None = None
+        self._evaluation: Evaluation | None = None
         self._led = 0
 
     @property
@@ -67,7 +68,7 @@ class Group:
     def adopt(self, rule: Any) -> None:
         """Takes a rule that is bound to the members, and forgets what was computed under the one before."""
         self._rule = rule
-        self._statistic = None
+        self._evaluation = None
         self._watches.clear()
         self._uncalled = set()
 
@@ -201,13 +202,13 @@ class Group:
         What anchors contribute is spread over the shares of the others, since Keras asks only trainable variables.
         """
         members = self.members
-        statistic = self._statistic
-        if statistic is None or not statistic.serves(self.rule, member, members):
+        evaluation = self._evaluation
+        if evaluation is None or not evaluation.serves(self.rule, member, members):
             self._require_reach(members)
-            statistic = self._statistic = _Statistic(self, members)
-        share = statistic.share(member, projections.widen(member.pull(x)))
-        if statistic.spent:
-            self._statistic = None
+            evaluation = self._evaluation = self._evaluate(members)
+        share = evaluation.share(member, projections.widen(member.pull(x)))
+        if evaluation.spent:
+            self._evaluation = None
         return share
 
     def penalty(self) -> Tensor:
@@ -216,9 +217,12 @@ class Group:
         self._require_values(members)
         moving = [member for member in members if not member.anchor]
         if not moving:
-            return _Statistic(self, members).anchored
+            return self._evaluate(members).anchored
         shares = [self.share(member, backend.tensor(member.variable)) for member in moving]
         return sum(shares[1:], start=shares[0])
+
+    def _evaluate(self, members: Sequence[Member]) -> Evaluation:
+        return Evaluation(self.rule, members, self.present_rule.shares)
 
     def sync(self, method: str) -> None:
         """Makes the members equal: to the anchors, else to the first of them or to their mean."""
@@ -322,43 +326,3 @@ def _show(members: Sequence[Member], common: Tensor) -> Tensor:
 def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
     with backend.eagerly():
         return ops.convert_to_numpy(member.pull(ops.convert_to_tensor(value)))
-
-
-class _Statistic:
-    """What the shares of one evaluation of a penalty have in common, computed once for all of them."""
-
-    def __init__(self, group: Group, members: Sequence[Member]):
-        stored = [backend.read(member.variable) for member in members]
-        pulled = [member.pull(value) for member, value in zip(members, stored, strict=True)]
-        values = [ops.stop_gradient(projections.widen(value)) for value in pulled]
-        self._shares = dict(zip(members, group.present_rule.shares(values), strict=True))
-        self._open = {member for member in members if not member.anchor}
-        anchored = [
-            self._shares[member](value)
-            for member, value in zip(members, values, strict=True)
-            if member not in self._open
-        ]
-        self.anchored = sum(anchored[1:], start=anchored[0]) / max(len(self._open), 1) if anchored else None
-        self._rule, self._factor = group.rule, group.rule.factor
-        self._watches = {m: freshness.watch(m.variable, value) for m, value in zip(members, stored, strict=True)}
-
-    def serves(self, rule: Any, member: Member, members: Sequence[Member]) -> bool:
-        """Whether the member's share may use this: the first time, and while nothing has changed."""
-        return (
-            member in self._open
-            and rule is self._rule
-            and rule.factor == self._factor
-            and len(members) == len(self._watches)
-            and all(self._watches[m](m.variable) is not None for m in members)
-        )
-
-    def share(self, member: Member, x: Tensor) -> Tensor:
-        """The member's share, with its part of what the anchors contribute."""
-        self._open.discard(member)
-        share = self._shares[member](x)
-        return share if self.anchored is None else share + self.anchored
-
-    @property
-    def spent(self) -> bool:
-        """Whether every member that may move has had its share."""
-        return not self._open
