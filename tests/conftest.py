@@ -150,8 +150,8 @@ def in_new_process(function, *arguments) -> int:
     return done.returncode
 
 
-def gradients(function, variables):
-    """The gradients of a scalar function of variables, as arrays; None where there is none."""
+def value_and_gradients(function, variables):
+    """A scalar function of variables and its gradients, as arrays; None where there is no gradient."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -162,7 +162,8 @@ def gradients(function, variables):
         import torch
 
         moving = [variable for variable in variables if variable.trainable]
-        found = torch.autograd.grad(function(), [variable.value for variable in moving], allow_unused=True)
+        value = function()
+        found = torch.autograd.grad(value, [variable.value for variable in moving], allow_unused=True)
         by_id = dict(zip(map(id, moving), found, strict=True))
         found = [by_id.get(id(variable)) for variable in variables]
     else:
@@ -172,5 +173,10 @@ def gradients(function, variables):
             with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
                 return function()
 
-        found = jax.grad(stateless)([variable.value for variable in variables])
-    return [None if gradient is None else ops.convert_to_numpy(gradient) for gradient in found]
+        value, found = jax.value_and_grad(stateless)([variable.value for variable in variables])
+    arrays = [None if gradient is None else ops.convert_to_numpy(gradient) for gradient in found]
+    return float(ops.convert_to_numpy(value)), arrays
+
+
+def gradients(function, variables):
+    return value_and_gradients(function, variables)[1]

@@ -11,7 +11,7 @@ import equalize
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError
 from equalize.regularizers import MeanL2, PairwiseL2
-from tests.conftest import BACKEND, MODES, QUICK, bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import BACKEND, MODES, QUICK, bits, bitwise_equal, data, fit, kernels, towers, value_and_gradients
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -395,25 +395,6 @@ def test_a_step_of_one_member_gives_the_value_of_a_frozen_one_to_all():
 def soft_towers(rule, frozen=()):
     model = towers(4, regularizer=lambda: rule("towers", 0.3), frozen=frozen)
     return model, equalize.GroupRegistry().link(model)
-
-
-def value_and_gradients(loss, variables):
-    """What `loss()` returns, and its gradients."""
-    if BACKEND == "tensorflow":
-        with tf.GradientTape() as tape:
-            value = loss()
-        gradients = tape.gradient(value, [variable.value for variable in variables])
-    elif BACKEND == "jax":
-
-        def stateless(values):
-            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-                return loss()
-
-        value, gradients = jax.value_and_grad(stateless)([variable.value for variable in variables])
-    else:
-        value = loss()
-        gradients = torch.autograd.grad(value, [variable.value for variable in variables])
-    return float(ops.convert_to_numpy(value)), [ops.convert_to_numpy(gradient) for gradient in gradients]
 
 
 PENALTIES = {
