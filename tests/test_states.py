@@ -1,0 +1,194 @@
+"""A registry through random sequences of what people do to it; the laws are looked at after every action."""
+
+import itertools
+import json
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+from hypothesis import stateful
+from hypothesis import strategies as st
+from keras import ops
+
+import equalize
+from equalize.constraints import Equal
+from equalize.errors import EqualizeError
+from equalize.optimizers import TiedOptimizer
+from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
+from equalize.views import Scale, Transpose
+from tests.conftest import bits
+
+COUNT = 5
+SOFT = [MeanL2, PairwiseL2, PairwiseNorm, PairwiseL1, ChainL2, TraceNorm]
+
+rules = st.one_of(
+    st.just(Equal()),
+    st.just(Equal(inner="non_neg")),
+    st.sampled_from([0.25, 0.5]).map(lambda rate: Equal(rate=rate)),
+    st.sampled_from(SOFT).map(lambda rule: rule(factor=0.125)),
+)
+views = st.sampled_from([None, None, Transpose(), Scale(-2.0)])
+names = st.sampled_from(["one", "two", "three"])
+places = st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4)
+
+
+class Registry(stateful.RuleBasedStateMachine):
+    """Variables of layers, some of them tied; `self.groups` is what must be in the registry."""
+
+    def __init__(self):
+        super().__init__()
+        self.random = np.random.default_rng(0)
+        self.layers = [keras.layers.Dense(2, use_bias=False, name=f"layer_{i}") for i in range(COUNT)]
+        entrance = keras.Input((2,))
+        self.model = keras.Model(entrance, [layer(entrance) for layer in self.layers])
+        for kernel in self.kernels:
+            kernel.assign(self.random.normal(size=(2, 2)))
+        self.registry = equalize.GroupRegistry()
+        self.groups = {}
+        self.settled = set()  # hard groups that a step or a `sync` has made equal since something else wrote them
+
+    @property
+    def kernels(self):
+        return [layer.kernel for layer in self.layers]
+
+    def attempt(self, action):
+        """Whether it was done; if it was refused, nothing may have changed."""
+        before, refused = self.picture(), None
+        try:
+            action()
+        except EqualizeError as error:
+            refused = str(error)
+        assert refused is None or (len(refused) > 40 and self.picture() == before)
+        return refused is None
+
+    def picture(self):
+        described = [
+            (name, group.rule.describe(), [m.path for m in group.members]) for name, group in self.registry.items()
+        ]
+        on = [(repr(kernel.constraint), repr(kernel.regularizer)) for kernel in self.kernels]
+        return described, on, [bits(kernel) for kernel in self.kernels]
+
+    @stateful.rule(name=names, members=st.lists(st.tuples(st.integers(0, COUNT - 1), views), max_size=4), rule=rules)
+    def tie(self, name, members, rule):
+        given = [self.kernels[i] if view is None else (self.kernels[i], view) for i, view in members]
+        initial = "mean" if len(members) % 2 else "first"
+        if self.attempt(lambda: self.registry.tie(name, given, rule, initial=initial)):
+            distinct = len({i for i, _ in members}) == len(members)
+            assert name not in self.groups
+            assert distinct
+            self.groups[name] = [i for i, _ in members]
+            self.wrote(self.groups[name])
+            self.settled |= {name} if self.registry[name].hard else set()
+
+    @stateful.rule(name=names)
+    def untie(self, name):
+        if self.attempt(lambda: self.registry.untie(name)):
+            del self.groups[name]
+            self.settled.discard(name)
+
+    @stateful.rule(name=names, rule=rules)
+    def replace(self, name, rule):
+        if name in self.groups and self.attempt(lambda: setattr(self.registry[name], "rule", rule)):
+            self.settled.discard(name)
+
+    @stateful.rule(name=st.none() | names, method=st.sampled_from(["first", "mean"]))
+    def sync(self, name, method):
+        if self.attempt(lambda: self.registry.sync(method, *([name] if name else []))):
+            touched = [name] if name else [key for key, group in self.registry.items() if group.hard]
+            for key in touched:
+                self.wrote(self.groups[key])
+            self.settled |= {key for key in touched if self.registry[key].hard and self.alone(key)}
+
+    @stateful.rule(i=st.integers(0, COUNT - 1), value=st.floats(-4, 4, width=16))
+    def assign(self, i, value):
+        self.kernels[i].assign(np.full((2, 2), value) + self.random.normal(size=(2, 2)))
+        self.wrote([i])
+
+    @stateful.rule(i=st.integers(0, COUNT - 1))
+    def freeze_or_thaw(self, i):
+        self.layers[i].trainable = not self.layers[i].trainable
+
+    @stateful.rule(moving=places, exact=st.booleans())
+    def step(self, moving, exact):
+        """One step of an optimizer with gradients for some variables."""
+        variables = [self.kernels[i] for i in sorted(set(moving)) if self.layers[i].trainable]
+        if not variables:
+            return
+        gradients = [ops.convert_to_tensor(self.random.normal(size=(2, 2)).astype("float32")) for _ in variables]
+        frozen = {i: bits(self.kernels[i]) for i in range(COUNT) if not self.layers[i].trainable}
+        optimizer = keras.optimizers.SGD(0.125)
+        optimizer = TiedOptimizer(optimizer, self.registry) if exact else optimizer
+        if self.attempt(lambda: optimizer.apply(gradients, variables)):
+            assert {i: bits(self.kernels[i]) for i in frozen} == frozen
+            written = {i for i in range(COUNT) if any(self.kernels[i] is variable for variable in variables)}
+            for name, members in self.groups.items():
+                if self.registry[name].projects and written & set(members):
+                    self.wrote(members)
+                    self.settled |= {name} if self.registry[name].hard else set()
+
+    @stateful.rule()
+    def copy(self):
+        """A registry from plain data ties a clone, and the original keeps every bit."""
+        config = json.loads(json.dumps(self.registry.get_config()))
+        clone = keras.models.clone_model(self.model)
+        clone.set_weights(self.model.get_weights())
+        before = self.picture()
+        if self.groups and self.attempt(lambda: equalize.GroupRegistry.from_config(config).link(clone)):
+            pass
+        assert self.picture() == before
+
+    def wrote(self, places):
+        """Hard groups that share a variable with what was written may have come apart."""
+        written = set(places)
+        self.settled -= {name for name, members in self.groups.items() if written & set(members)}
+
+    def alone(self, name):
+        """Whether no other hard group has any of the members."""
+        others = [set(m) for key, m in self.groups.items() if key != name and self.registry[key].projects]
+        return not any(set(self.groups[name]) & other for other in others)
+
+    @stateful.invariant()
+    def the_registry_has_the_groups_that_were_made(self):
+        found = {name: [m.path for m in group.members] for name, group in self.registry.items()}
+        assert found == {name: [f"layer_{i}/kernel" for i in members] for name, members in self.groups.items()}
+
+    @stateful.invariant()
+    def hard_groups_are_equal(self):
+        for name in self.settled:
+            assert self.registry[name].spread() == 0.0
+
+    @stateful.invariant()
+    def no_variable_is_projected_by_two_groups(self):
+        projected = [set(m) for name, m in self.groups.items() if self.registry[name].projects]
+        assert not any(a & b for a, b in itertools.combinations(projected, 2))
+
+    @stateful.invariant()
+    def penalties_are_finite_and_shares_add_up(self):
+        soft = [name for name, group in self.registry.items() if not group.projects]
+        total = float(ops.convert_to_numpy(self.registry.penalty()))
+        assert np.isfinite(total)
+        assert total >= -1e-6
+        if soft and all(layer.trainable for layer in self.layers):
+            losses = sum(float(ops.convert_to_numpy(loss)) for loss in self.model.losses)
+            assert losses == pytest.approx(total, rel=1e-4, abs=1e-5)
+
+
+def run(examples, steps):
+    settings = hypothesis.settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=examples < 100,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    stateful.run_state_machine_as_test(Registry, settings=settings)
+
+
+def test_laws_hold_through_what_people_do():
+    run(12, 15)
+
+
+@pytest.mark.fuzz
+def test_laws_hold_through_long_lives():
+    run(2000, 40)
