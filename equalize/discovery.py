@@ -149,7 +149,7 @@ def _member(name: str, member: Any, dtype: str | None) -> Member:
     if native or not (isinstance(member, np.ndarray) or ops.is_tensor(member)):
         raise TypeError(
             f"Cannot tie a member into group '{name}': expected a `keras.Variable` (for instance `layer.kernel`), a "
-            f"built layer, or an array; received {member!r} of type {type(member)}."
+            f"built layer, or an array; received {member!r} of type {type(member)}.{_of_keras_2(member)}"
         )
     constant = keras.Variable(ops.convert_to_numpy(member), dtype=dtype, trainable=False, name="constant")
     return Member(constant, view=view, constant=True)
@@ -165,7 +165,7 @@ def weights_of(model: Any) -> list[keras.Variable]:
     if not isinstance(model, keras.Layer):
         raise TypeError(
             f"`link` expects Keras models or layers. Received: {model!r} of type {type(model)}. Variables are tied "
-            "with `tie(name, [variable_1, variable_2], rule)`."
+            f"with `tie(name, [variable_1, variable_2], rule)`.{_of_keras_2(model)}"
         )
     unbuilt = [layer for layer in model._flatten_layers() if not layer.built and _carries_rule(layer)]
     if not model.built or unbuilt:
@@ -175,6 +175,12 @@ def weights_of(model: Any) -> list[keras.Variable]:
             "built model. Give it an `Input`, call `model.build(input_shape)`, or call it once on data."
         )
     return list(model.weights)
+
+
+def _of_keras_2(x: Any) -> str:
+    if type(x).__module__.split(".")[0] != "tf_keras":
+        return ""
+    return " It is of Keras 2 (`tf_keras`), which equalize does not know: make the model with Keras 3 (`import keras`)."
 
 
 def _carries_rule(layer: keras.Layer) -> bool:

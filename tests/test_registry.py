@@ -411,3 +411,11 @@ def test_save_load_link(tmp_path):
     assert registry["soft"].rule.factor == 0.5
     fit(loaded, registry)
     assert bitwise_equal(*kernels(loaded))
+
+
+def test_objects_of_keras_2_are_refused_with_what_to_do():
+    legacy = type("Dense", (), {"__module__": "tf_keras.src.layers.core.dense"})()
+    with pytest.raises(TypeError, match=r"`link` expects Keras models.*It is of Keras 2 .*`import keras`"):
+        equalize.GroupRegistry().link(legacy)
+    with pytest.raises(TypeError, match=r"expected a `keras.Variable`.*It is of Keras 2"):
+        equalize.GroupRegistry().tie("legacy", [legacy, legacy], equalize.constraints.Equal())
