@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from benchmarks import runner  # imports Keras, which takes its backend from the environment
 
-    return runner.run(given.part, Options(seed=given.seed, size=given.size), given.output)
+    try:
+        return runner.run(given.part, Options(seed=given.seed, size=given.size), given.output)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on with what is left.")
+        return 130
 
 
 if __name__ == "__main__":

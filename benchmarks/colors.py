@@ -1,4 +1,4 @@
-"""Okabe and Ito's palette, which colour-blind people can tell apart. Families of ways share a colour; labels are direct."""
+"""Okabe and Ito's palette, which colour-blind people can tell apart. A family of ways shares a colour."""
 
 BLACK = "#000000"
 GREY = "#999999"

@@ -101,7 +101,13 @@ def draw_pictures(folder: Path, content: Mapping[str, Any], tasks: Mapping[str, 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+    style = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 9,
+    }
     for name, task in tasks.items():
         records = [record for record in content["records"] if record["task"] == name]
         with pyplot.rc_context(style):

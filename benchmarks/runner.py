@@ -1,6 +1,5 @@
 """One run: the tasks one after the other under a progress bar each, then the table, the file and the pictures."""
 
-import gc
 import logging
 import time
 from collections.abc import Mapping
@@ -66,6 +65,5 @@ def measure(console: Console, journal: Journal, tasks: Mapping[str, Task], optio
                     started = time.perf_counter()
                     records = list(task.measure(options, case))
                     journal.add(name, case, time.perf_counter() - started, records)
-                    keras.backend.clear_session()
-                    gc.collect()
+                    keras.backend.clear_session()  # collects garbage, too
                 progress.advance(bars[name])

@@ -135,12 +135,12 @@ def draw(axes: Any, records: Sequence[Record], goals: Mapping[str, float]) -> No
         axes.annotate(f"{median:.2f}", (right, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
     if any(name in goals for name in found):
         axes.plot([], [], "|", color="black", markersize=11, label="goal")
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper right")
     axes.axvline(1.0, color="#999999", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(found)), [label(name) for name in reversed(found)])
     axes.set(xscale="log", xlabel="step time / untied (median, quartiles)")
     low, high = axes.get_xlim()
-    ticks = (0.4, 0.6, 1, 1.5, 2, 3, 4, 6, 8) if high > 1.5 * low else (0.8, 0.9, 1, 1.1, 1.2, 1.3)
+    ticks = (0.4, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 8) if high > 1.4 * low else (0.8, 0.9, 1, 1.1, 1.2, 1.3)
     ticks = [tick for tick in ticks if low < tick < high]
     axes.minorticks_off()
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

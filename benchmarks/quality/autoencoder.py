@@ -1,8 +1,8 @@
 """Autoencoders on digits whose decoder is the encoder transposed: reconstruction error against weights stored.
 
-Two dense layers, the first with tanh, squeeze `scikit-learn`'s 1,797 handwritten digits (64 pixels) into a code of 16, 8 or 4
-numbers, and two layers undo it. Tied, each kernel of the decoder is that of the encoder transposed, which halves what
-is stored (Vincent et al., Stacked denoising autoencoders (2010), section 3). A third of the images trains, so that
+Two dense layers, the first with tanh, squeeze `scikit-learn`'s 1,797 handwritten digits (64 pixels) into a code of 16,
+8 or 4 numbers, and two layers undo it. Tied, each kernel of the decoder is that of the encoder transposed, which halves
+what is stored (Vincent et al., Stacked denoising autoencoders (2010), section 3). A third of the images trains, so that
 there is something to learn about the others; the strength of each way is chosen on images that are neither trained nor
 tested on.
 """

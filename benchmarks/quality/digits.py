@@ -39,7 +39,7 @@ def splits(options: Options) -> int:
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(10, 240, 640)
+    return options.choose(10, 200, 640)
 
 
 def draw_pairs(images: np.ndarray, digits: np.ndarray, count: int, generator: np.random.Generator) -> Pairs:

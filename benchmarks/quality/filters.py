@@ -36,7 +36,7 @@ def splits(options: Options) -> int:
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(10, 300, 3000)
+    return options.choose(10, 240, 3000)
 
 
 @functools.cache

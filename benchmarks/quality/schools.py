@@ -230,7 +230,7 @@ class Schools(Task):
             color = ways.WAYS[name].color
             axes.errorbar(place, mean, error, color=color, marker="D", markersize=7, capsize=4)
             axes.axhline(mean, color=color, linewidth=0.8, linestyle=":", zorder=0)
-            axes.annotate(f"{text} {mean:.1f}", (place, mean), (0, 14), textcoords="offset points", ha="center")
+            axes.annotate(f"{text} {mean:.1f}", (place, mean + error), (0, 5), textcoords="offset points", ha="center")
             marks.append(place)
         names = [f"{mark:g}" for mark in marks[:-2]] + ["0", "∞"]
         axes.set_xticks(marks, names)

@@ -33,7 +33,7 @@ def splits(options: Options) -> int:
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(4, 150, 3000)
+    return options.choose(4, 120, 3000)
 
 
 @functools.cache

@@ -44,20 +44,23 @@ def functions(variables: Sequence[keras.Variable]) -> dict[str, Callable[[], Any
     return {name: tf.function(function, autograph=False) for name, function in found.items()}
 
 
-def wait(result: Any) -> None:
-    """Until a result is there, which JAX lets one wait for."""
-    for value in result or ():
-        ops.convert_to_numpy(value)
-
-
 def seconds(function: Callable[[], Any], variables: Sequence[keras.Variable], values: Sequence[np.ndarray]) -> float:
     """How long a function takes after each variable was written."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+    wait([variable.value for variable in variables])
     started = time.perf_counter()
     result = function()
-    wait(result if result is not None else [variables[-1].value[0, 0]])
+    wait([result, [variable.value for variable in variables]])
     return time.perf_counter() - started
+
+
+def wait(values: Any) -> None:
+    """Until the values are there: JAX returns before they are."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.block_until_ready(values)
 
 
 class Projection(Task):
