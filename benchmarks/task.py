@@ -2,13 +2,18 @@
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
+Case: TypeAlias = dict[str, Any]
+"""What is measured at a stretch, of JSON types only: a way and its factor, or the size of a model."""
+
 Record: TypeAlias = dict[str, Any]
-"""One measurement, of JSON types only. The runner adds the name of the task."""
+"""One measurement, of JSON types only. The runner adds the name of the task and the case."""
+
+SIZES = ("smoke", "quick", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +22,24 @@ class Options:
 
     Attributes:
         seed: Where all randomness comes from.
-        size: How long to measure: "quick" only proves that everything runs, "full" narrows the errors.
+        size: How long to measure: "smoke" only proves that everything runs, "quick" takes minutes, "full" narrows the
+            errors.
     """
 
     seed: int = 0
-    size: str = "default"
+    size: str = "quick"
 
-    def choose(self, quick: int, default: int, full: int) -> int:
-        """The number that belongs to the size of the run."""
-        return {"quick": quick, "default": default, "full": full}[self.size]
+    def choose(self, smoke: Any, quick: Any, full: Any) -> Any:
+        """What belongs to the size of the run."""
+        return (smoke, quick, full)[SIZES.index(self.size)]
 
     def generator(self, *stream: int) -> np.random.Generator:
         """A random generator of its own for each `stream`, for instance for each split."""
         return np.random.default_rng([self.seed, *stream])
+
+    def seed_of(self, *stream: int) -> int:
+        """A seed of its own for each `stream`."""
+        return int(self.generator(*stream, 1).integers(2**31))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,29 +60,32 @@ class Row:
 class Task(abc.ABC):
     """Something to measure, in a module of its own that says what is measured and on what data.
 
+    What a case gives depends on the options and the case only, not on what was measured before: a run that was
+    interrupted goes on with the cases that are left.
+
     Attributes:
         title: What the table and the picture call it.
-        part: The part of the command line that it belongs to.
+        size: Width and height of the picture, in inches.
     """
 
     title: str
-    part: str
+    size: tuple[float, float] = (7.0, 4.0)
 
     @abc.abstractmethod
-    def count(self, options: Options) -> int:
-        """How many records `measure` yields, for the progress bar."""
+    def cases(self, options: Options) -> Sequence[Case]:
+        """What to measure, in this order."""
 
     @abc.abstractmethod
-    def measure(self, options: Options) -> Iterator[Record]:
-        """Measures, and yields each record as soon as it is there."""
+    def measure(self, options: Options, case: Case) -> Iterable[Record]:
+        """Measures one case."""
 
     @abc.abstractmethod
     def rows(self, records: Sequence[Record]) -> list[Row]:
         """The lines of the table that the records give."""
 
     @abc.abstractmethod
-    def draw(self, axes: Any, records: Sequence[Record]) -> None:
-        """Draws the records into Matplotlib axes."""
+    def draw(self, figure: Any, records: Sequence[Record]) -> None:
+        """Draws the records into an empty Matplotlib figure."""
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -82,17 +95,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(error)
 
 
-def plus_minus(values: Sequence[float], unit: str, sign: str = "") -> str:
+def plus_minus(values: Sequence[float], unit: str = "", *, digits: int = 1, sign: str = "") -> str:
     """The mean of the values with its standard error, as text."""
     mean, error = mean_and_error(values)
-    return f"{mean:{sign}.1f}" + (f" ± {error:.1f}" if len(values) > 1 else "") + unit
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "") + unit
 
 
-def chosen(records: Sequence[Record], name: str, key: str = "test") -> list[float]:
-    """A way's result in each split, at the factor that did best on the split's validation part."""
-    best: dict[int, Record] = {}
-    for record in records:
-        if record["way"] == name:
-            known = best.setdefault(record["split"], record)
-            best[record["split"]] = max(known, record, key=lambda candidate: candidate["validation"])
-    return [best[split][key] for split in sorted(best)]
+def where(records: Sequence[Record], **values: Any) -> list[Record]:
+    """The records that have these values."""
+    return [record for record in records if all(record.get(key) == value for key, value in values.items())]
+
+
+def distinct(records: Sequence[Record], key: str) -> list[Any]:
+    """The values that the records have under a key, each once, in their order."""
+    return list(dict.fromkeys(record[key] for record in records if key in record))

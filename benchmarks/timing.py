@@ -12,8 +12,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks import colors, ways
-from benchmarks.task import Record, Row
+from benchmarks import ways
+from benchmarks.task import Options, Record, Row, distinct
+from benchmarks.training import Build
 
 Step = Callable[[], None]
 
@@ -21,19 +22,26 @@ CONTROL = "untied_again"
 """The untied step, timed a second time in each round. On a machine without noise its ratio would be 1."""
 
 
-def training_step(
-    build: Callable[[ways.Way], tuple[keras.Model, ways.Groups]], name: str, x: Any, y: Any, factor: float
-) -> Step:
+def modes(options: Options) -> tuple[str, ...]:
+    """How the backend can run a step; a quick run takes only the way it usually does."""
+    of_backend = {"tensorflow": ("graph", "xla"), "jax": ("xla",), "torch": ("eager",)}[keras.backend.backend()]
+    return options.choose(of_backend[:1], of_backend[:1], of_backend)
+
+
+def training_step(build: Build, name: str, x: Any, y: Any, mode: str) -> Step:
     """One training step, as `fit` does it, of a model that `build` makes and that is tied in the way of that name."""
     way = ways.WAYS[name]
     model, groups = build(way)
-    callbacks = way.attach(groups, factor)
-    model.compile(keras.optimizers.Adam(1e-4), "mse", jit_compile=False)
+    strength = {"factor": 1e-4, "rate": 0.1, "": 0.0}[way.strength]
+    tied = way.attach(groups, strength, keras.optimizers.Adam(1e-4))
+    model.compile(tied.optimizer, "mse", jit_compile=mode == "xla")
     x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
+    for callback in tied.callbacks:
+        callback.set_model(model)
 
     def step() -> None:
         model.train_on_batch(x, y)
-        for callback in callbacks:
+        for callback in tied.callbacks:
             callback.on_train_batch_end(0)
 
     return step
@@ -69,9 +77,9 @@ def interleave(
 
 
 def ratios(records: Sequence[Record], to: str = "untied") -> dict[str, tuple[float, float, float]]:
-    """For each way the quartiles (lower, median, upper) of its rounds' ratios to the way `to`."""
+    """For each way the quartiles (lower, median, upper) of its rounds' ratios to the way `to`, and the control's."""
     rounds = [record["step_seconds"] for record in records if "step_seconds" in record]
-    names = [CONTROL, *(record["way"] for record in records if "way" in record and record["way"] != to)]
+    names = [CONTROL, *(name for name in distinct(records, "way") if name != to)]
     return {name: quartiles([seconds[name] / seconds[to] for seconds in rounds]) for name in names}
 
 
@@ -83,50 +91,82 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return lower, median, upper
 
 
+def as_text(ratio: tuple[float, float, float]) -> str:
+    """A ratio's median and, in brackets, its quartiles."""
+    lower, median, upper = ratio
+    return f"{median:.2f} [{lower:.2f}, {upper:.2f}]"
+
+
 def label(name: str) -> str:
     """What tables and pictures call a way or the control."""
     return "untied again (noise)" if name == CONTROL else ways.WAYS[name].label
+
+
+def color(name: str) -> str:
+    """The colour of a way or the control."""
+    return "#999999" if name == CONTROL else ways.WAYS[name].color
+
+
+def goal_row(what: str, ratio: tuple[float, float, float], goal: float | None) -> Row:
+    """The line of the table for a ratio, with the one to reach, where there is one."""
+    if goal is None:
+        return Row(what, as_text(ratio))
+    return Row(what, as_text(ratio), f"<= {goal:.2f}", ratio[1] <= goal)
 
 
 def rows(prefix: str, records: Sequence[Record], goals: Mapping[str, float]) -> list[Row]:
     """The lines of the table for one set of rounds, with the ratios to reach."""
     base = [record["step_seconds"]["untied"] for record in records if "step_seconds" in record]
     lines = [Row(f"{prefix}untied", f"{1000 * quartiles(base)[1]:.1f} ms")]
-    for name, (lower, median, upper) in ratios(records).items():
+    return lines + [goal_row(prefix + label(name), r, goals.get(name)) for name, r in ratios(records).items()]
+
+
+def draw(axes: Any, records: Sequence[Record], goals: Mapping[str, float]) -> None:
+    """Draws the ratios of one set of rounds with their quartiles, and a bar where each goal is."""
+    found = ratios(records)
+    for place, name in enumerate(reversed(found)):
+        lower, median, upper = found[name]
+        axes.plot([lower, upper], [place] * 2, color=color(name), linewidth=2)
+        axes.plot(median, place, "o", color=color(name), markersize=6)
         goal = goals.get(name)
-        measured = f"{median:.2f} [{lower:.2f}, {upper:.2f}]"
-        if goal is None:
-            lines.append(Row(prefix + label(name), measured))
-        else:
-            lines.append(Row(prefix + label(name), measured, f"<= {goal}", median <= goal))
-    return lines
-
-
-def draw(axes: Any, parts: Mapping[str, tuple[Sequence[Record], Mapping[str, float]]]) -> None:
-    """Draws the ratios of one or more sets of rounds with their quartiles, and a bar where each goal is."""
-    measured = {part: ratios(records) for part, (records, _) in parts.items()}
-    names = list(dict.fromkeys(name for of in measured.values() for name in of))
-    for index, (part, of) in enumerate(measured.items()):
-        shift = 0.36 * (index - (len(parts) - 1) / 2)
-        for place, (name, (lower, median, upper)) in enumerate((name, of[name]) for name in reversed(names)):
-            color = colors.OF[name]
-            axes.plot([lower, upper], [place - shift] * 2, color=color, linewidth=1.5)
-            axes.plot(median, place - shift, "os"[index], color=color, markersize=5)
-            goal = parts[part][1].get(name)
-            if goal is not None:
-                axes.plot(goal, place - shift, "|", color="black", markersize=11)
-            place_of_text = max(upper, goal or 0.0), place - shift
-            axes.annotate(f"{median:.2f}", place_of_text, (5, 0), textcoords="offset points", va="center", fontsize=7)
-        axes.plot([], [], "os"[index], color="#666666", label=part)
-    axes.plot([], [], "|", color="black", markersize=11, label="goal")
+        if goal is not None:
+            axes.plot(goal, place, "|", color="black", markersize=13)
+        right = max(upper, goal or 0.0)
+        axes.annotate(f"{median:.2f}", (right, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    if any(name in goals for name in found):
+        axes.plot([], [], "|", color="black", markersize=11, label="goal")
+        axes.legend(frameon=False, loc="upper right")
     axes.axvline(1.0, color="#999999", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(names)), [label(name) for name in reversed(names)])
-    axes.set(xscale="log", xlabel="step time / untied step time (median and quartiles)")
+    axes.set_yticks(range(len(found)), [label(name) for name in reversed(found)])
+    axes.set(xscale="log", xlabel="step time / untied (median, quartiles)")
     low, high = axes.get_xlim()
-    ticks = (0.4, 0.6, 1, 1.5, 2, 3, 4, 6, 8) if high > 1.5 * low else (0.8, 0.9, 1, 1.1, 1.2, 1.3)
+    ticks = (0.4, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 8) if high > 1.4 * low else (0.8, 0.9, 1, 1.1, 1.2, 1.3)
     ticks = [tick for tick in ticks if low < tick < high]
     axes.minorticks_off()
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.margins(x=0.15)
-    axes.set_ylim(-0.5, len(names) - 0.5)
-    axes.legend(frameon=False)
+    axes.set_ylim(-0.5, len(found) - 0.5)
+
+
+def draw_over(axes: Any, over: Mapping[float, Sequence[Record]], names: Sequence[str]) -> None:
+    """Draws the median ratios of ways over the size of a model, each named at its right end."""
+    found = {size: ratios(records) for size, records in over.items()}
+    sizes = sorted(found)
+    ends = []
+    for name in names:
+        lower, median, upper = zip(*(found[size][name] for size in sizes), strict=True)
+        axes.plot(sizes, median, "o-", color=color(name), markersize=4)
+        axes.fill_between(sizes, lower, upper, color=color(name), alpha=0.15, linewidth=0)
+        ends.append((median[-1], name))
+    axes.axhline(1.0, color="black", linewidth=0.8, zorder=0)
+    axes.set(xscale="log", yscale="log", ylabel="step time / untied")
+    axes.minorticks_off()
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8, 13) if low < tick < high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    free = 0.0
+    for y, name in sorted(ends):
+        free = max(y, free * (high / low) ** 0.05)
+        place = {"xytext": (1.03, free), "textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
+        axes.annotate(label(name), (sizes[-1], y), color=color(name), **place)

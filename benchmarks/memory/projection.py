@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from benchmarks import colors
-from benchmarks.task import Options, Record, Row, Task
+from benchmarks.task import Case, Options, Record, Row, Task
 
 PROBES = [("hard", "graph"), ("hard", "eager"), ("stack", "graph")]
 COUNTS = (4, 16)
+COLORS = {"hard": colors.VERMILLION, "stack": colors.PINK}
 LABELS = {"hard": "hard: Equal", "stack": "habit: stacked mean"}
 GOAL = 1.5
 SHAPE = (2048, 2048)
@@ -37,7 +40,6 @@ def resident(key: str) -> int:
 
 def probe(name: str, mode: str, count: int) -> float:
     """The peak that one projection adds in this process, in members."""
-    import keras
     import numpy as np
 
     variables = [keras.Variable(np.zeros(SHAPE, "float32")) for _ in range(count)]
@@ -102,14 +104,14 @@ def label(record: Record) -> str:
 class Memory(Task):
     """Peak memory of one projection."""
 
-    title = "Projection: peak memory added"
-    part = "memory"
+    title = "Hard projection: peak memory added"
+    size = (7.0, 3.2)
 
-    def count(self, options: Options) -> int:
-        return len(PROBES) * len(COUNTS) * AVAILABLE
+    def cases(self, options: Options) -> Sequence[Case]:
+        return [{}]  # all in one process, since starting one takes longer than measuring
 
-    def measure(self, options: Options) -> Iterator[Record]:
-        if not AVAILABLE:
+    def measure(self, options: Options, case: Case) -> Iterator[Record]:
+        if not AVAILABLE or keras.backend.backend() != "tensorflow":
             return
         call = [sys.executable, "-m", __name__]
         with subprocess.Popen(call, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
@@ -119,17 +121,18 @@ class Memory(Task):
             raise RuntimeError(f"{call} ended with exit status {process.returncode}.")
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
-        lines = [] if records else [Row("not measured", "needs Linux")]
+        lines = [] if records else [Row("not measured", "needs Linux and TensorFlow")]
         for record in records:
             added = record["members_added"]
             goal = ("about 1", added <= GOAL) if record["way"] == "hard" else ()
             lines.append(Row(label(record), f"{added:.2f} members", *goal))
         return lines
 
-    def draw(self, axes: Any, records: Sequence[Record]) -> None:
+    def draw(self, figure: Any, records: Sequence[Record]) -> None:
+        axes = figure.subplots()
         for place, record in enumerate(reversed(records)):
             added = record["members_added"]
-            axes.barh(place, added, color=colors.OF[record["way"]], height=0.7)
+            axes.barh(place, added, color=COLORS[record["way"]], height=0.7)
             axes.annotate(f"{added:.1f}", (added, place), (4, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(records)), [label(record) for record in reversed(records)])
         axes.set(xlabel="peak memory added by one projection (members)")

@@ -1,0 +1,84 @@
+"""What the quality tasks have in common: results at the strength that validation data choose, and pictures of ways."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import ways
+from benchmarks.task import Record, distinct, mean_and_error, where
+
+
+def chosen(records: Sequence[Record], name: str, key: str = "test", *, least: bool = False) -> list[float]:
+    """A way's result in each split, at the strength that did best on the split's validation part.
+
+    Args:
+        records: Those of one task, each with `way`, `strength`, `split` and `validation`.
+        name: The way.
+        key: The result to return.
+        least: Whether small validation figures are good, as losses are.
+    """
+    of_way = where(records, way=name)
+    best = []
+    for split in sorted(distinct(of_way, "split")):
+        candidates = where(of_way, split=split)
+        pick = (min if least else max)(candidates, key=lambda record: record["validation"])
+        best.append(pick[key])
+    return best
+
+
+def measured(records: Sequence[Record]) -> list[str]:
+    """The names of the ways that were measured."""
+    return distinct(records, "way")
+
+
+def dots(axes: Any, results: dict[str, Sequence[float]], *, digits: int = 1) -> None:
+    """A line for each way: its mean with the standard error, and pale dots for its single results."""
+    for place, (name, values) in enumerate(reversed(results.items())):
+        mean, error = mean_and_error(values)
+        color = ways.WAYS[name].color
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.3, markersize=5)
+        axes.errorbar(mean, place, xerr=error, color=color, marker="D", markersize=6, capsize=4)
+        label = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axes.annotate(f"{mean:.{digits}f}", (mean, place), **label)
+    axes.set_yticks(range(len(results)), [ways.WAYS[name].label for name in reversed(results)])
+    axes.set_ylim(-0.5, len(results) - 0.3)
+    axes.margins(x=0.08)
+
+
+def labelled_lines(axes: Any, lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> None:
+    """A line for each way, over x, with standard errors, named at its right end without overlap."""
+    ends = []
+    for name, (x, means, errors) in lines.items():
+        axes.errorbar(x, means, errors, color=ways.WAYS[name].color, marker="o", markersize=4, capsize=3)
+        ends.append((means[-1], x[-1], name))
+    low, high = axes.get_ylim()
+    gap, free = (high - low) * 0.055, -float("inf")
+    for y, x, name in sorted(ends):
+        free = max(y, free + gap)
+        place = {"xytext": (1.02, free), "textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
+        axes.annotate(f"{ways.WAYS[name].label} {y:.1f}", (x, y), color=ways.WAYS[name].color, **place)
+
+
+def trade(figure: Any, records: Sequence[Record], key: str, what: str, *, digits: int) -> None:
+    """A panel for each value of a key: results against the number of free weights, each way named beside it."""
+    values = distinct(records, key)
+    for axes, value in zip(figure.subplots(1, len(values), squeeze=False)[0], values, strict=True):
+        part = where(records, **{key: value})
+        points = []
+        for name in measured(part):
+            mean, error = mean_and_error(chosen(part, name, least=True))
+            weights = where(part, way=name)[0]["free_weights"]
+            axes.errorbar(weights, mean, error, color=ways.WAYS[name].color, marker="o", markersize=5, capsize=3)
+            points.append((weights, mean, name))
+        axes.margins(x=0.25, y=0.1)
+        most, (low, high) = max(points)[0], axes.get_ylim()
+        for side in (False, True):
+            free = -float("inf")
+            for weights, mean, name in sorted(points, key=lambda point: point[1]):
+                if (weights == most) == side:
+                    free = max(mean, free + (high - low) * 0.05)
+                    place = {"xytext": (weights, free), "textcoords": "data", "ha": "right" if side else "left"}
+                    text = f"{ways.WAYS[name].label} {mean:.{digits}f}"
+                    text = f"{text}   " if side else f"   {text}"
+                    axes.annotate(text, (weights, mean), color=ways.WAYS[name].color, va="center", fontsize=8, **place)
+        axes.set(title=f"{key} of {value}" if len(values) > 1 else "", xlabel="free weights", ylabel=what)
+        axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -1,0 +1,66 @@
+"""What tying adds to a training step of many small groups, where operations cost more than their arithmetic.
+
+Groups of two 16×16 kernels: a chain of `Dense(16, use_bias=False)` with tanh, in which neighbours are tied; batch 32,
+Adam.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+
+from benchmarks import timing, ways
+from benchmarks.task import Case, Options, Record, Row, Task, distinct, where
+
+WIDTH = 16
+BATCH = 32
+STEPS = 3
+WAYS = ("untied", "reference", "exact", "hard", "partial", "mean_l2", "stack")
+GOALS = {("graph", 100): {"hard": 1.06}}
+
+
+def build(groups: int, way: ways.Way) -> tuple[keras.Model, ways.Groups]:
+    """The chain, and its layers to tie in twos."""
+    layer = functools.partial(keras.layers.Dense, WIDTH, activation="tanh", use_bias=False)
+    pairs = {f"group_{i}": way.layers(layer, 2) for i in range(groups)}
+    return keras.Sequential([keras.Input((WIDTH,)), *itertools.chain.from_iterable(pairs.values())]), pairs
+
+
+class SmallGroups(Task):
+    """Step times of a chain of many small groups."""
+
+    title = "Groups of two 16×16 kernels: step time"
+    size = (7.5, 4.0)
+
+    def cases(self, options: Options) -> Sequence[Case]:
+        counts = options.choose((2,), (25,), (1, 5, 25, 50, 100, 200))
+        return [{"groups": groups, "mode": mode} for mode in timing.modes(options) for groups in counts]
+
+    def measure(self, options: Options, case: Case) -> Iterator[Record]:
+        names = options.choose(("untied", "exact", "hard"), ("untied", "exact", "hard"), WAYS)
+        generator = options.generator()
+        x, y = generator.standard_normal((2, BATCH, WIDTH)).astype("float32")
+        chain = functools.partial(build, case["groups"])
+        makers = {name: functools.partial(timing.training_step, chain, name, x, y, case["mode"]) for name in names}
+        return timing.interleave(makers, options.choose(2, 50, 100), STEPS, generator)
+
+    def rows(self, records: Sequence[Record]) -> list[Row]:
+        lines = []
+        for mode in distinct(records, "mode"):
+            for groups in distinct(records, "groups"):
+                goals = GOALS.get((mode, groups), {})
+                lines += timing.rows(f"{groups} groups, {mode}: ", where(records, mode=mode, groups=groups), goals)
+        return lines
+
+    def draw(self, figure: Any, records: Sequence[Record]) -> None:
+        axes = figure.subplots()
+        mode, counts = records[0]["mode"], distinct(records, "groups")
+        parts = {groups: where(records, mode=mode, groups=groups) for groups in counts}
+        if len(counts) > 1:
+            timing.draw_over(axes, parts, list(timing.ratios(parts[counts[0]])))
+            axes.set(xlabel=f"groups ({mode})")
+        else:
+            timing.draw(axes, parts[counts[0]], GOALS.get((mode, counts[0]), {}))
+            axes.set_title(f"{counts[0]} groups, {mode}")
