@@ -20,7 +20,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help=argparse.SUPPRESS)
-    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="three to four minutes (default)")
+    size.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", help="three to four minutes (default)"
+    )
     size.add_argument("--full", dest="size", action="store_const", const="full", help="all ways, more seeds and sizes")
     parser.add_argument("--backend", choices=BACKENDS, default=os.environ.get("KERAS_BACKEND", BACKENDS[0]))
     parser.add_argument("--seed", type=int, default=0, help="where all randomness comes from (default: 0)")
