@@ -13,7 +13,7 @@ Build = Callable[[ways.Way], tuple[keras.Model, ways.Groups]]
 """Makes a model, and says what of it is to be tied."""
 
 STRETCH = 16
-"""Steps that run without a return to Python. A way that has callbacks returns after each."""
+"""Steps that run in TensorFlow without a return to Python. A way that has callbacks returns after each."""
 
 
 class Trainer:
@@ -34,7 +34,7 @@ class Trainer:
         self.model, self.groups, tied = self._tied()
         self._callbacks = list(tied.callbacks)
         compiled = keras.backend.backend() == "jax"
-        stretch = 1 if self._callbacks else STRETCH
+        stretch = STRETCH if keras.backend.backend() == "tensorflow" and not self._callbacks else 1
         self.model.compile(tied.optimizer, loss, jit_compile=compiled, steps_per_execution=stretch)
         tied.optimizer.build(self.model.trainable_variables)
         self._slots = [ops.convert_to_numpy(variable).copy() for variable in tied.optimizer.variables]

@@ -29,7 +29,7 @@ Pairs = tuple[tuple[np.ndarray, np.ndarray], np.ndarray]
 
 def sizes(options: Options) -> tuple[int, ...]:
     """Numbers of pairs to train on."""
-    return options.choose((100,), (200, 800, 3200), (200, 400, 800, 1600, 3200))
+    return options.choose((50, 100), (200, 800, 3200), (200, 400, 800, 1600, 3200))
 
 
 def splits(options: Options) -> int:
