@@ -23,6 +23,9 @@ PUPILS = 40
 LEARNING_RATE = 0.01
 NEAR = 0.02
 
+# Steps that are taken at a stretch, to save time.
+STRETCH = 50
+
 
 def load(schools: int) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
     """Inputs `(pupils, 2)` and scores `(pupils, 1)` of the first schools that are large enough, and their numbers."""
@@ -41,10 +44,11 @@ def train(factor: float, steps: int, x: Sequence[np.ndarray], y: Sequence[np.nda
     registry = equalize.GroupRegistry()
     registry.tie("schools", [head.kernel for head in heads], equalize.regularizers.PairwiseNorm(factor=factor))
     rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
-    model.compile(keras.optimizers.SGD(rate, momentum=0.9), ["mse"] * len(x), jit_compile=False)
-    batch = [ops.convert_to_tensor(part) for part in x], [ops.convert_to_tensor(part) for part in y]
-    for _ in range(steps):
-        model.train_on_batch(*batch)
+    model.compile(
+        keras.optimizers.SGD(rate, momentum=0.9), ["mse"] * len(x), jit_compile=False, steps_per_execution=STRETCH
+    )
+    x, y = ([np.tile(part, (STRETCH, 1)) for part in parts] for parts in (x, y))
+    model.fit(x, y, batch_size=PUPILS, epochs=steps // STRETCH, shuffle=False, verbose=0)
     return np.stack([ops.convert_to_numpy(head.kernel.value)[:, 0] for head in heads])
 
 
@@ -63,16 +67,19 @@ class Paths(Task):
     title = "Schools: paths of the weights under PairwiseNorm"
 
     def cases(self, options: Options) -> Sequence[Case]:
-        factors = options.choose((0.01, 0.3), tuple(np.geomspace(0.001, 0.5, 10)), tuple(np.geomspace(0.001, 0.5, 25)))
+        factors = np.geomspace(0.02, 0.3, options.choose(2, 7, 24))
         return [{"factor": float(factor)} for factor in factors]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         x, y, numbers = load(options.choose(3, 8, 12))
-        weights = train(case["factor"], options.choose(50, 800, 3000), x, y)
+        weights = train(case["factor"], options.choose(50, 600, 3000), x, y)
         yield {"schools": numbers, "weights": weights.astype("float64").tolist(), "clusters": clusters(weights)}
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
-        return [Row(f"λ = {record['factor']:.3g}", f"{record['clusters']} clusters") for record in records]
+        return [
+            Row(f"λ = {record['factor']:.3g}", f"{record['clusters']} of {len(record['schools'])} apart")
+            for record in records
+        ]
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         axes = figure.subplots(1, 2, sharex=True)
