@@ -23,7 +23,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     size.add_argument(
         "--quick", dest="size", action="store_const", const="quick", help="three to four minutes (default)"
     )
-    size.add_argument("--full", dest="size", action="store_const", const="full", help="all ways, more seeds and sizes")
+    size.add_argument(
+        "--full", dest="size", action="store_const", const="full", help="all ways and sizes, up to an hour or more"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default=os.environ.get("KERAS_BACKEND", BACKENDS[0]))
     parser.add_argument("--seed", type=int, default=0, help="where all randomness comes from (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), help="folder for JSON and PNG")

@@ -33,12 +33,12 @@ def codes(options: Options) -> tuple[int, ...]:
 
 def splits(options: Options) -> int:
     """How many random splits of the images."""
-    return options.choose(1, 3, 10)
+    return options.choose(1, 3, 4)
 
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(10, 600, 3000)
+    return options.choose(10, 600, 800)
 
 
 @functools.cache

@@ -34,12 +34,12 @@ def sizes(options: Options) -> tuple[int, ...]:
 
 def splits(options: Options) -> int:
     """How many random splits of the images."""
-    return options.choose(1, 2, 8)
+    return options.choose(1, 2, 3)
 
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(10, 200, 640)
+    return options.choose(10, 200, 400)
 
 
 def draw_pairs(images: np.ndarray, digits: np.ndarray, count: int, generator: np.random.Generator) -> Pairs:

@@ -31,12 +31,12 @@ Part = tuple[np.ndarray, np.ndarray]
 
 def splits(options: Options) -> int:
     """How many data sets to generate."""
-    return options.choose(1, 2, 8)
+    return options.choose(1, 2, 3)
 
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(10, 240, 3000)
+    return options.choose(10, 240, 400)
 
 
 @functools.cache

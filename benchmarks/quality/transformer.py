@@ -28,12 +28,12 @@ Part = tuple[np.ndarray, np.ndarray]
 
 def splits(options: Options) -> int:
     """How many random splits of the text."""
-    return options.choose(1, 2, 5)
+    return options.choose(1, 2, 3)
 
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(4, 120, 3000)
+    return options.choose(4, 120, 250)
 
 
 @functools.cache

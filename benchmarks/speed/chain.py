@@ -80,7 +80,7 @@ class Chain(Task):
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         length, width, mode = case["length"], case["width"], case["mode"]
-        rounds = options.choose(2, 12 if length <= 4 else 6, 40 if length <= 8 else 16)
+        rounds = options.choose(2, 12 if length <= 4 else 6, 20 if length <= 8 else 10)
         generator = options.generator()
         x, y = generator.standard_normal((2, BATCH, width)).astype("float32")
         chain = functools.partial(build, length, width)

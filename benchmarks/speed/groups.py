@@ -35,7 +35,7 @@ class SmallGroups(Task):
     size = (7.5, 4.0)
 
     def cases(self, options: Options) -> Sequence[Case]:
-        counts = options.choose((2,), (25,), (1, 5, 25, 50, 100, 200))
+        counts = options.choose((2,), (25,), (1, 10, 100, 200))
         return [{"groups": groups, "mode": mode} for mode in timing.modes(options) for groups in counts]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
@@ -44,7 +44,7 @@ class SmallGroups(Task):
         x, y = generator.standard_normal((2, BATCH, WIDTH)).astype("float32")
         chain = functools.partial(build, case["groups"])
         makers = {name: functools.partial(timing.training_step, chain, name, x, y, case["mode"]) for name in names}
-        return timing.interleave(makers, options.choose(2, 50, 100), STEPS, generator)
+        return timing.interleave(makers, options.choose(2, 50, 60), STEPS, generator)
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []
