@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from equalize import backend
-from equalize.errors import EqualizeError
+from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.rules import Rule
 
@@ -27,7 +27,8 @@ class Advice:
         distance: How far apart the members are against their size, √(Σ‖w_i − mean‖² / Σ‖w_i‖²): 0 where they are
             equal, near 1 for independent random values.
         loss: The loss on the data as it is.
-        tied_loss: The loss if the members were made equal now, and nothing else changed.
+        tied_loss: The loss if the members were made equal now, and nothing else changed. Not a number where two
+            anchors differ, since then they cannot be.
     """
 
     group: str
@@ -46,15 +47,13 @@ def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_si
     """What the data say about each group, the penalties of the groups themselves left out.
 
     Raises:
-        EqualizeError: The model is not compiled, has a member that is none of its variables, or there is no data.
+        EqualizeError: The model is not compiled, a member is none of its variables, or the data do not fit together.
     """
     if not getattr(model, "compiled", False):
         raise EqualizeError(f"`advise` needs the loss of '{model.name}'. Call `model.compile(optimizer, loss)` first.")
     _require_members(groups, model)
     batches = list(_batches(x, y, batch_size))
-    if not batches:
-        raise EqualizeError("`advise` needs data. Received: no samples.")
-    with _without_penalties(groups):
+    with _without_penalties(groups), _metrics_as_they_are(model):
         loss = _loss(model, batches)
         return [_advice(group, model, batches, loss) for group in groups]
 
@@ -68,8 +67,13 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
             if gradient is not None:
                 pulled = ops.convert_to_numpy(moving[i].pull_gradient(gradient)).astype("float64")
                 sums[i] = sums[i] + size * pulled
-    with _equal(group):
-        tied_loss = _loss(model, batches)
+    try:
+        group.require_anchors_agree()
+    except GroupMismatchError:
+        tied_loss = float("nan")
+    else:
+        with _equal(group):
+            tied_loss = _loss(model, batches)
     return Advice(group.name, _cosine(sums), _distance(group), loss, tied_loss)
 
 
@@ -103,7 +107,13 @@ def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:
 
 def _batches(x: Any, y: Any, batch_size: int) -> Iterator[Any]:
     """Pairs of `(x, y)` and the number of their samples."""
-    count = len(keras.tree.flatten(x)[0])
+    counts = [len(part) if hasattr(part, "__len__") else 0 for part in keras.tree.flatten((x, y))]
+    count = counts[0]
+    if count == 0 or any(other != count for other in counts):
+        raise EqualizeError(
+            "`advise` needs inputs and targets with one number of samples, at least one: arrays, or structures of "
+            f"them. Received arrays with {counts} samples."
+        )
     for start in range(0, count, batch_size):
         batch = keras.tree.map_structure(
             lambda part, start=start: ops.convert_to_tensor(part[start : start + batch_size]), (x, y)
@@ -135,6 +145,17 @@ def _without_penalties(groups: Sequence[Group]) -> Iterator[None]:
     finally:
         for variable, regularizer in kept:
             variable.regularizer = regularizer
+
+
+@contextlib.contextmanager
+def _metrics_as_they_are(model: keras.Model) -> Iterator[None]:
+    """Gives a model's metrics back what they held; computing a loss updates some of them."""
+    kept = [(variable, ops.convert_to_numpy(variable.value).copy()) for variable in model.metrics_variables]
+    try:
+        yield
+    finally:
+        for variable, value in kept:
+            variable.assign(value)
 
 
 @contextlib.contextmanager

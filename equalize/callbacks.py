@@ -11,6 +11,7 @@ from keras import ops
 from equalize import retracing, rules
 from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, NotLinkedError
+from equalize.groups import Group
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
 
@@ -147,7 +148,8 @@ class FactorSchedule(keras.callbacks.Callback):
     On TensorFlow the compiled step reads the number from a variable, and on PyTorch from the rule, so a change costs
     nothing. JAX compiles the number into the step: every change there compiles the step anew, and a schedule that
     changes in every epoch costs a compilation an epoch. A rate that comes to 1.0, where members become bitwise equal,
-    or leaves it, has the step traced anew on TensorFlow, too.
+    or leaves it, has the step traced anew on TensorFlow, too. The last number stays with the group; layers that
+    declare a rule keep that one in their configs.
 
     Args:
         registry: The `equalize.GroupRegistry` that the model is linked by.
@@ -160,6 +162,7 @@ class FactorSchedule(keras.callbacks.Callback):
         TypeError: `registry` is no registry, `names` are no strings, or `schedule` cannot be called.
         EqualizeError: A group is unknown when training starts, its factor is a matrix, or the schedule returns a
             number out of range (`factor` in [0, ∞), `rate` in (0, 1]).
+        NotLinkedError: Training starts, and no group has a member in the model.
 
     Example:
     >>> import keras, numpy as np, equalize
@@ -186,6 +189,26 @@ class FactorSchedule(keras.callbacks.Callback):
         self.schedule = schedule
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        groups = self._groups()
+        trained = {id(variable) for variable in self.model.variables}
+        if not any(id(member.variable) in trained for group in groups for member in group.members):
+            raise NotLinkedError(
+                f"FactorSchedule has nothing to change in the model '{self.model.name}': none of {self.names} has a "
+                "member there. Expected: the registry that this model is linked by."
+            )
+        self._retrace([group for group in groups if group.rule.make_adjustable()])
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        value = self.schedule(epoch)
+        if ops.is_tensor(value) or isinstance(value, np.ndarray):  # as Keras's schedules return it
+            value = ops.convert_to_numpy(value)
+            value = value.item() if value.ndim == 0 else value
+        groups = self._groups()
+        numbers = [group.rule.checked_strength(value) for group in groups]
+        self._retrace([group for group, number in zip(groups, numbers, strict=True) if group.rule.adjust(number)])
+
+    def _groups(self) -> list[Group]:
+        """The groups, each with a number to change."""
         groups = self.registry.select(self.names)
         for group in groups:
             if not isinstance(group.rule.strength, float):
@@ -194,20 +217,12 @@ class FactorSchedule(keras.callbacks.Callback):
                     f"matrix, in {group.rule.describe()}. Give `registry['{group.name}'].rule` a rule with another "
                     "matrix instead."
                 )
-        newly_adjustable = [group.rule.make_adjustable() for group in groups]
-        if any(newly_adjustable):
-            retracing.renew(self.model)
+        return groups
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        value = self.schedule(epoch)
-        if ops.is_tensor(value) or isinstance(value, np.ndarray):  # as Keras's schedules return it
-            value = ops.convert_to_numpy(value)
-            value = value.item() if value.ndim == 0 else value
-        groups = self.registry.select(self.names)
-        numbers = [group.rule.checked_strength(value) for group in groups]
-        baked_in = [group.rule.adjust(number) for group, number in zip(groups, numbers, strict=True)]
-        if any(baked_in):
-            retracing.renew(self.model)
+    def _retrace(self, groups: Sequence[Group]) -> None:
+        """Has the steps of all models that hold a member traced anew, also of those that are trained elsewhere."""
+        if groups:
+            retracing.retrace(member.variable for group in groups for member in group.members)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:

@@ -75,7 +75,8 @@ def _undone(model: keras.Model) -> Iterator[Finding]:
             if not isinstance(rule, Rule) or not layer.built:
                 continue
             found = present.get((type(rule), rule.group))
-            if found is None:
+            replaced = any(other.group == rule.group and other.bound_group is not None for other in present.values())
+            if found is None and not replaced:
                 yield Finding(
                     "dropped",
                     layer.name,
@@ -83,7 +84,7 @@ def _undone(model: keras.Model) -> Iterator[Finding]:
                     "Quantization and assigning `variable.constraint` do that: tie what the layer has now with "
                     "`registry.tie`, or leave the layer out of them.",
                 )
-            elif found.bound_group is None:
+            elif found is not None and found.bound_group is None:
                 yield Finding(
                     "unlinked",
                     layer.name,

@@ -54,7 +54,7 @@ class Group:
 
         Raises:
             TypeError: The new rule is no rule.
-            EqualizeError: It names another group, or a view.
+            EqualizeError: It names another group, a view or a weight; or the group was untied.
             GroupMismatchError: The members do not fit it, or it would be the second hard rule of a variable.
         """
         return self._rule
@@ -65,9 +65,10 @@ class Group:
 
         planning.replace(self, rule)
 
-    def adopt(self, rule: Any) -> None:
+    def adopt(self, rule: Any, members: Sequence[Member]) -> None:
         """Takes a rule that is bound to the members, and forgets what was computed under the one before."""
         self._rule = rule
+        self._members = tuple(members)
         self._evaluation = None
         self._watches.clear()
         self._uncalled = set()

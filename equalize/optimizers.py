@@ -36,7 +36,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     first in the model. What writes variables by the inner optimizer's list, as `keras.callbacks.SwapEMAWeights` does,
     writes that member only: train with `equalize.callbacks.TieMonitor` after it, or call `follow`.
 
-    After loading a model with its optimizer, link before training on: `model.optimizer.registry.link(model)`.
+    After loading a model with its optimizer, link before training on: `model.optimizer.registry.link(model)`. In mixed
+    float16 Keras wraps the optimizer, and it is `model.optimizer.inner_optimizer.registry`. Members are compared when
+    slots are made; if other values are loaded later, call `registry.sync()`, or the first member's are taken.
 
     Args:
         inner_optimizer: A Keras optimizer, its name or its config. A `LossScaleOptimizer` may be inside or around.
@@ -50,7 +52,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         TypeError: `registry` is no registry.
         EqualizeError: `reduction` is unknown, or `inner_optimizer` is a `TiedOptimizer` or no optimizer.
         NotLinkedError: Training starts, and no hard group of the registry has a variable that is trained.
-        TieBrokenError: Training starts, and the members of a hard group are not equal.
+        TieBrokenError: Slots are made, and the members of a hard group are not equal.
 
     Example:
     >>> import keras, numpy as np, equalize
@@ -75,6 +77,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self._scaled_outside = False
         self._handed: tuple[int, ...] | None = None
+        self._known: frozenset[int] | None = None
         self.registry = registry
         self.reduction = reduction
         self.inner_optimizer = _checked_optimizer(inner_optimizer)
@@ -89,15 +92,16 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             NotLinkedError: No hard group of the registry has a member among the variables.
             TieBrokenError: The members of a hard group are not equal.
         """
-        if self.built:
-            return
         variables = list(variables)
+        if self.built or not variables:  # Keras reads HDF5 files before it knows the variables
+            return
         leads = self._leads(variables)
         for lead in leads:
             matching.require_equal_if_known(lead.group)
         if leads or self._handed is None or max(self._handed, default=0) >= len(variables):
             self._require_leads(leads)
             self._handed = tuple(leading.handed(leads, len(variables)))
+        self._known = frozenset(id(lead.group) for lead in leads) or None
         self.inner_optimizer.build([variables[index] for index in self._handed])
         super().build(variables)
 
@@ -262,12 +266,17 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         """The hard groups now, which must be those that slots were made for."""
         leads = self._leads(self._trainable_variables)
         self._require_leads(leads)
-        missing = set(leading.handed(leads, len(self._trainable_variables))) - set(self._handed or ())
-        if missing:
-            paths = ", ".join(f"'{self._trainable_variables[index].path}'" for index in sorted(missing))
+        known = self._known = frozenset(id(lead.group) for lead in leads) if self._known is None else self._known
+        new = [lead.group.name for lead in leads if id(lead.group) not in known]
+        variables = self._trainable_variables
+        missing = set(leading.handed(leads, len(variables))) - set(self._handed or ())
+        missing = [variables[index].path for index in sorted(missing) if variables[index].trainable]
+        if new or missing:
+            changed = [f"group '{name}' was not hard then" for name in new] + [f"no slots for '{p}'" for p in missing]
             raise EqualizeError(
-                f"The optimizer has no slots for {paths}: ties have changed since it was built. Expected: the groups "
-                f"that it was built with; received {self.registry!r}. Make a new TiedOptimizer and compile with it."
+                f"Ties have changed since the optimizer was built: {', '.join(changed)}. Expected: the groups that it "
+                f"was built with; received {self.registry!r}. Make a new TiedOptimizer and compile with it (after "
+                '`registry.sync("mean")`, where members are not equal yet).'
             )
         return leads
 
@@ -277,7 +286,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             raise NotLinkedError(
                 "TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are "
                 f"trained; received {self.registry!r}. Link or tie the model's layers before training: "
-                "`registry.link(model)`, and after loading a model `model.optimizer.registry.link(model)`."
+                "`registry.link(model)`; after loading a model `model.optimizer.registry.link(model)`, or, under a "
+                "LossScaleOptimizer, `model.optimizer.inner_optimizer.registry.link(model)`."
             )
 
     def _reduced(self, leads: Sequence[Lead], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:

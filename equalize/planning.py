@@ -67,12 +67,18 @@ def plan(groups: Mapping[str, Group], name: str, members: list[Member], rule: Ru
 def replace(group: Group, rule: Rule) -> None:
     """Gives a group another rule; its members, their views and weights, and the values stay."""
     discovery.require_rule(group.name, rule)
-    if rule.view is not None:
+    if rule.view is not None or rule.weight != 1.0:
         raise EqualizeError(
-            f"The new rule of group '{group.name}' has the view {rule.view!r}, and the members have their views "
-            f"already. Expected: a rule without a view, {rule.describe()}."
+            f"The new rule of group '{group.name}' has the view {rule.view!r} and the weight {rule.weight:g}, and the "
+            f"members have theirs already. Expected: a rule without, {rule.describe()}."
         )
     members = group.members
+    if not any(each.bound_group is group for member in members for each in binding.rules_on(member.variable)):
+        raise EqualizeError(
+            f"Group '{group.name}' ties nothing any more: it was untied, or its model has been deleted. Expected: a "
+            "group of a registry. Tie the variables anew with `registry.tie`."
+        )
+    matching.require_company(group.name, members, ())
     matching.require_fit(group.name, members, [rule] * len(members))
     if rule.slot == "constraint":
         matching.require_no_other_hard_group(group.name, members, besides=group)
@@ -82,7 +88,7 @@ def replace(group: Group, rule: Rule) -> None:
     for member, kept in zip(members, inner, strict=True):
         if not member.constant:
             binding.attach(rule, group, member, kept)
-    group.adopt(_for_group(rule, members, inner))
+    group.adopt(_for_group(rule, members, inner), members)
     retracing.retrace([member.variable for member in members])
 
 

@@ -1,12 +1,12 @@
 """The registry: the groups of a model by name, and everything one does with them."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 
-from equalize import binding, discovery, persistence, planning, reporting
+from equalize import binding, discovery, persistence, planning, reporting, retracing
 from equalize.advice import Advice, advise
 from equalize.diagnosis import Finding, findings
 from equalize.errors import EqualizeError, TieBrokenError
@@ -93,6 +93,7 @@ class GroupRegistry(Mapping[str, Group]):
         self._pending = []
         self._groups.update(adopted)
         self._models.update(models)
+        retracing.retrace(_variables(plan.group for plan in (*restored, *new)))
         return self
 
     def tie(self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first") -> Group | list[Group]:
@@ -128,17 +129,19 @@ class GroupRegistry(Mapping[str, Group]):
                 member.view = member.view or rule.view
             planned.append(planning.plan(self, group_name, group_members, rule, initial))
         groups = [self._add(plan.establish(initial)) for plan in planned]
+        retracing.retrace(_variables(groups))
         return groups if layers else groups[0]
 
     def untie(self, *names: str) -> None:
         """Dissolves groups, all where none is named; the variables keep their values, and their inner rules.
 
         A tie of layers can be named as a whole: `untie("blocks")` dissolves every `blocks/...`.
-        Call `compile` before training on, so that the step is traced anew.
         """
-        for group in self.select(names):
+        groups = self.select(names)
+        for group in groups:
             binding.detach(group)
             del self._groups[group.name]
+        retracing.retrace(_variables(groups))
 
     def sync(self, method: str = "first", *names: str) -> None:
         """Makes the named groups equal, soft ones too; without names, every hard group.
@@ -229,7 +232,14 @@ class GroupRegistry(Mapping[str, Group]):
         return findings(list(self.values()), list(self._models), monitored=len(self.monitors) > 0)
 
     def advise(
-        self, model: keras.Model, x: Any, y: Any, *, batch_size: int = 256, print_fn: Any = None
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any,
+        *,
+        names: Sequence[str] = (),
+        batch_size: int = 256,
+        print_fn: Any = None,
     ) -> dict[str, Advice]:
         """Is it worth tying? Prints what data say about each group, and returns it.
 
@@ -245,6 +255,7 @@ class GroupRegistry(Mapping[str, Group]):
             model: A compiled model that all members belong to.
             x: Inputs, an array or a structure of arrays.
             y: Targets, likewise.
+            names: Names of groups, or of ties of layers; all where none is given.
             batch_size: How many samples to look at in one go.
             print_fn: Called with the table as text; by default it is printed.
 
@@ -252,9 +263,10 @@ class GroupRegistry(Mapping[str, Group]):
             An `equalize.advice.Advice` for each group, by name.
 
         Raises:
-            EqualizeError: The model is not compiled or lacks a member, or there are no samples.
+            EqualizeError: The model is not compiled or lacks a member, or inputs and targets do not hold the same
+                number of samples, at least one.
         """
-        advice = advise(list(self.values()), model, x, y, batch_size)
+        advice = advise(self.select(names), model, x, y, batch_size)
         reporting.print_advice(advice, print_fn)
         return {each.group: each for each in advice}
 
@@ -325,6 +337,10 @@ def checked_registry(registry: Any) -> GroupRegistry:
             f"`registry` must be an `equalize.GroupRegistry`. Received: {registry!r} of type {type(registry)}."
         )
     return registry
+
+
+def _variables(groups: Iterable[Group]) -> list[keras.Variable]:
+    return [member.variable for group in groups for member in group.members]
 
 
 def _require_option(name: str, value: Any, options: Sequence[str]) -> None:

@@ -1,35 +1,39 @@
 """Compiled models that must look again at their variables and rules."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 
 
-def living_layers() -> list[Any]:
-    """All layers and models there are. Keras variables do not know their layers, and several may hold one."""
-    return [item for item in gc.get_objects() if issubclass(type(item), keras.Layer) and hasattr(item, "_tracker")]
+def living(kind: type) -> list[Any]:
+    """All objects of a class and its subclasses, `keras.Model` or `keras.Layer`, that the garbage collector knows.
+
+    Keras variables do not know their layers, nor layers their models, and several may hold one. What `gc.freeze()` has
+    put away is not found.
+    """
+    kinds = {kind, *_subclasses(kind)}
+    return [item for item in gc.get_objects() if type(item) in kinds and hasattr(item, "_tracker")]
 
 
-def retrace(variables: Iterable[keras.Variable], layers: Iterable[Any] | None = None) -> None:
+def retrace(variables: Iterable[keras.Variable]) -> None:
     """Makes the models that hold one of the variables trace their functions anew, also while they train.
+
+    Those that were traced before go on with the variables, rules and numbers of that time, without a word.
 
     Args:
         variables: Variables that have changed their rule or their layers.
-        layers: What `living_layers` has found, if it was asked already.
     """
     changed = {id(variable) for variable in variables}
-    for model in living_layers() if layers is None else layers:
-        if isinstance(model, keras.Model) and any(id(variable) in changed for variable in model.variables):
-            renew(model)
+    for model in living(keras.Model):
+        traced = [kind for kind in ("train", "test", "predict") if getattr(model, f"{kind}_function", None) is not None]
+        if traced and any(id(variable) in changed for variable in model.variables):
+            for kind in traced:
+                getattr(model, f"make_{kind}_function")(force=True)
 
 
-def renew(model: keras.Model) -> None:
-    """Makes a model trace its functions anew at the next step.
-
-    Those that were traced before go on with the variables, rules and numbers of that time, without a word.
-    """
-    for kind in ("train", "test", "predict"):
-        if getattr(model, f"{kind}_function", None) is not None:
-            getattr(model, f"make_{kind}_function")(force=True)
+def _subclasses(kind: type) -> Iterator[type]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

@@ -20,8 +20,10 @@ def share(*variables_or_layers: Any) -> Any:
     Layers are paired weight by weight, by the place of each trainable weight inside the layer, and each keeps what is
     not trainable for itself (the moving statistics of a `BatchNormalization`, for instance).
 
-    Share before `compile`. Saving stores the value once a layer, in files that any model of that structure can load,
-    and what is loaded is not shared until `share` is called again. `clone_model` makes separate variables, too.
+    Layers are searched for what they replace in their attributes, and in lists, tuples and dictionaries there; a second
+    reference that some other object holds is not found. Share before `compile`. Saving stores the value once a layer,
+    in files that any model of that structure can load, and what is loaded is not shared until `share` is called again.
+    `clone_model` makes separate variables, too.
 
     Args:
         *variables_or_layers: Two or more `keras.Variable`s of one shape and dtype, or built layers (models, nested
@@ -117,7 +119,7 @@ def _relation(a: keras.Variable, b: keras.Variable) -> str:
 
 def _share(groups: list[list[keras.Variable]]) -> None:
     """Replaces all but the first variable of each group. Everything is checked before anything changes."""
-    layers = retracing.living_layers()
+    layers = retracing.living(keras.Layer)
     replacements = []
     for kept, *others in groups:
         for old in others:
@@ -138,7 +140,7 @@ def _share(groups: list[list[keras.Variable]]) -> None:
             _replace(owner, old, kept)
         for layer in layers:
             backend.hand_over(layer, old, kept)
-    retracing.retrace([kept for kept, *_ in groups], layers)
+    retracing.retrace(kept for kept, *_ in groups)
 
 
 def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
@@ -191,16 +193,20 @@ def _replace(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> No
     """Puts `new` in the place of `old`, also in the order of the layer's weights, by which Keras saves."""
     store = next(store for store in _stores(layer) if any(own is old for own in store))
     index = next(i for i, own in enumerate(store) if own is old)
-    locked = layer._tracker.locked
+    locked, trainable = layer._tracker.locked, new.trainable
     layer._tracker.unlock()
-    layer._untrack_variable(old)
-    layer._track_variable(new)
-    store.insert(index, store.pop())
-    for name, value in _attributes(layer).items():
-        if _holds(value, old):
-            setattr(layer, name, _exchanged(value, old, new))
-    if locked:
-        layer._tracker.lock()
+    try:
+        layer._untrack_variable(old)
+        new.trainable = store is layer._trainable_variables  # Keras chooses the list by this, and not by what was once
+        layer._track_variable(new)
+        new.trainable = trainable
+        store.insert(index, store.pop())
+        for name, value in _attributes(layer).items():
+            if _holds(value, old):
+                setattr(layer, name, _exchanged(value, old, new))
+    finally:
+        if locked:
+            layer._tracker.lock()
 
 
 def _attributes(layer: keras.Layer) -> dict[str, Any]:

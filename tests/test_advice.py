@@ -101,10 +101,22 @@ def test_the_table_names_every_group_and_fits_a_log():
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_groups_are_asked_for_by_name_and_metrics_keep_what_they_held():
+    model, registry, heads, x, y = linear_heads([[1, 2], [2, 4]])
+    registry.tie("apart", [heads[0], np.zeros((2, 1)), np.ones((2, 1))], MeanL2(factor=1.0))
+    model.evaluate(x, y, verbose=0)
+    before = [bits(variable) for variable in model.metrics_variables]
+    assert list(registry.advise(model, x, y, names=["heads"], print_fn=lambda text: None)) == ["heads"]
+    advice = registry.advise(model, x, y, print_fn=lambda text: None)["apart"]
+    assert np.isnan(advice.tied_loss)  # two anchors that differ cannot be made equal
+    assert [bits(variable) for variable in model.metrics_variables] == before
+
+
 def test_what_it_cannot_judge_is_an_error():
     model, registry, _, x, y = linear_heads([[1, 2], [2, 4]])
-    with pytest.raises(EqualizeError, match="Received: no samples"):
-        registry.advise(model, x[:0], [part[:0] for part in y])
+    for some_x, some_y in ((x[:0], [part[:0] for part in y]), (x, [part[:5] for part in y]), (x, None)):
+        with pytest.raises(EqualizeError, match="needs inputs and targets with one number of samples"):
+            registry.advise(model, some_x, some_y)
     other, _, _, _, _ = linear_heads([[1, 2], [2, 4]])
     with pytest.raises(EqualizeError, match=r"its member .head_0/kernel. .* is no variable"):
         registry.advise(other, x, y)

@@ -346,27 +346,33 @@ def test_members_that_differ_are_an_error():
     optimizer.build(model.trainable_variables)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="an error inside `fit` costs the model its weights there")
-@pytest.mark.parametrize("change", ["untie", "tie"])
-def test_ties_that_change_after_slots_were_made_are_an_error(change):
+def test_ties_that_change_after_slots_were_made_are_an_error():
+    model, registry, optimizer = tied_towers(2)
+    optimizer.build(model.trainable_variables)
+    optimizer.apply(ones(model.trainable_variables))
+    biases = [model.get_layer(f"tower_{i}").bias for i in range(2)]
+    registry.tie("biases", biases, Equal())
+    before = [bits(variable) for variable in model.variables]
+    with pytest.raises(EqualizeError, match=r"changed .* group 'biases' was not hard then.*Make a new TiedOptimizer"):
+        optimizer.apply(ones(model.trainable_variables))
+    registry.untie("towers")
+    with pytest.raises(EqualizeError, match="no slots for 'tower_1/kernel'"):
+        optimizer.apply(ones(model.trainable_variables))
+    assert [bits(variable) for variable in model.variables] == before
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="an optimizer refuses another number of variables than it was built for")
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_member_that_is_frozen_later_holds_the_group(frozen):
     model, registry, optimizer = tied_towers(2)
     model.compile(optimizer, "mse", **MODES[QUICK])
     train(model, epochs=1)
-    biases = [model.get_layer(f"tower_{i}").bias for i in range(2)]
-    before = [bits(variable) for variable in model.variables]
-    if change == "untie":
-        registry.tie("biases", [biases[1], biases[0]], Equal(), initial="mean")
-        registry.untie("towers")
-        before = [bits(variable) for variable in model.variables]
-        model.make_train_function(force=True)
-        with pytest.raises(EqualizeError, match=r"no slots for 'tower_1/kernel': ties have changed"):
-            train(model, epochs=1)
-        assert [bits(variable) for variable in model.variables] == before
-    else:
-        registry.tie("biases", biases, Equal())
-        model.make_train_function(force=True)
-        train(model, epochs=1)  # fewer slots are needed than there are
-        registry.check()
+    model.get_layer(f"tower_{frozen}").trainable = False
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    before = bits(kernels(model)[0])
+    train(model, epochs=1)
+    assert {bits(kernel) for kernel in kernels(model)} == {before}
+    registry.check()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="an optimizer loses writes to variables of others on JAX only")

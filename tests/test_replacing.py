@@ -1,5 +1,7 @@
 """The road from free to exact: the rule of a group is replaced, and the next step follows."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import equalize
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
-from equalize.regularizers import MeanL2
+from equalize.regularizers import MeanL2, PairwiseL2
 from equalize.views import Scale
 from tests.conftest import BACKEND, MODES, Recorder, bits, bitwise_equal, data, kernels, no_loss, towers
 
@@ -138,8 +140,9 @@ def test_members_keep_their_views_and_weights():
     group.rule = Equal()
     registry.project()
     assert ops.convert_to_numpy(two.value).tolist() == (2 * ops.convert_to_numpy(one.value)).tolist()
-    with pytest.raises(EqualizeError, match=r"has the view .*Expected: a rule without a view"):
-        group.rule = Equal(view=Scale(3))
+    for rule in (Equal(view=Scale(3)), Equal(weight=2.0)):
+        with pytest.raises(EqualizeError, match=r"has the view .* and the weight .*Expected: a rule without, Equal"):
+            group.rule = rule
 
 
 def test_a_declared_rule_comes_back_with_a_copy_of_the_model():
@@ -184,3 +187,48 @@ def test_a_second_hard_rule_and_anchors_that_differ_are_refused():
         group.rule = Equal()
     if BACKEND == "jax":
         assert all(type(kernel.regularizer) is MeanL2 for kernel in kernels(model))
+
+
+def test_a_group_that_was_untied_takes_no_rule():
+    model, registry, group = apart()
+    registry.untie("towers")
+    with pytest.raises(EqualizeError, match="Group 'towers' ties nothing any more: it was untied"):
+        group.rule = Equal()
+    assert all(kernel.constraint is None for kernel in kernels(model))
+
+
+def test_a_matrix_counts_the_members_that_are_left():
+    layers = [keras.layers.Dense(2) for _ in range(4)]
+    for i, layer in enumerate(layers):
+        layer.build((None, 3))
+        layer.kernel.assign(np.full((3, 2), 2.0**i))
+    registry = equalize.GroupRegistry()
+    group = registry.tie("kernels", [layer.kernel for layer in layers], PairwiseL2(factor=1.0))
+    del layers[0], layer
+    gc.collect()
+    group.rule = PairwiseL2(factor=[[0, 100, 0], [100, 0, 1], [0, 1, 0]])
+    del layers[2]
+    gc.collect()
+    assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(100 * 6 * (4.0 - 2.0) ** 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ties_made_and_taken_away_after_training_are_followed_without_compiling_anew(mode):
+    model, registry, _ = apart()
+    registry.untie()
+    model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
+    train(model)
+    before = distances(model)
+    registry.tie("towers", kernels(model), Equal(rate=0.25))
+    train(model)
+    assert distances(model) == pytest.approx(0.75 * before, rel=1e-5)
+    registry.untie("towers")
+    train(model)
+    assert distances(model) == pytest.approx(0.75 * before, rel=1e-5)
+
+
+def test_no_finding_says_that_a_rule_was_dropped_that_was_replaced():
+    model = towers(2, regularizer=lambda: MeanL2("towers", 0.5))
+    registry = equalize.GroupRegistry().link(model)
+    registry["towers"].rule = Equal()
+    assert [finding.kind for finding in registry.diagnose()] == ["unequal"]

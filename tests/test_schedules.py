@@ -8,7 +8,7 @@ from keras import ops
 import equalize
 from equalize.callbacks import FactorSchedule
 from equalize.constraints import Equal
-from equalize.errors import EqualizeError
+from equalize.errors import EqualizeError, NotLinkedError
 from equalize.regularizers import MeanL2, PairwiseL2
 from tests.conftest import BACKEND, MODES, QUICK, Recorder, bits, data, kernels, no_loss, towers
 
@@ -162,3 +162,28 @@ def test_a_matrix_of_factors_is_refused():
     callback.set_model(model)
     with pytest.raises(EqualizeError, match="expected a number, received a matrix"):
         callback.on_train_begin()
+
+
+def test_a_model_without_the_groups_is_an_error_when_training_starts():
+    _, registry = apart(MeanL2(factor=1.0))
+    callback = FactorSchedule(registry, "towers", float)
+    callback.set_model(towers(2))
+    with pytest.raises(NotLinkedError, match=r"nothing to change in the model .*none of \['towers'\]"):
+        callback.on_train_begin()
+
+
+def test_another_model_that_holds_the_members_sees_the_change():
+    model, registry = apart(MeanL2(factor=0.0))
+    other = keras.Sequential([keras.Input((5,)), *(model.get_layer(f"tower_{i}") for i in range(1))])
+    other.compile(keras.optimizers.SGD(RATE), no_loss, **MODES[QUICK])
+    x, _ = data(8)
+    targets = np.zeros((8, 4), "float32")
+    other.fit(x, targets, batch_size=8, verbose=0)
+    before = bits(kernels(model)[0])
+    spreads(model, FactorSchedule(registry, "towers", lambda epoch: 0.5 if epoch else 0.0), epochs=1)
+    assert bits(kernels(model)[0]) == before
+    callback = FactorSchedule(registry, "towers", lambda epoch: 0.5)
+    callback.set_model(model)
+    callback.on_epoch_begin(0)
+    other.fit(x, targets, batch_size=8, verbose=0)
+    assert bits(kernels(model)[0]) != before

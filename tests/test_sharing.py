@@ -97,6 +97,25 @@ def test_layers_share_weight_by_weight_and_keep_their_order_in_files(kind, tmp_p
     assert len(apart) == len(shapes) - count  # the moving statistics
 
 
+@pytest.mark.parametrize("kind", ["dense", "lstm", "block"])
+def test_frozen_layers_share_and_keep_their_order(kind):
+    make, shape, count = LAYERS[kind]
+    model, layers = two_layers(make, *shape)
+    for layer in layers:
+        layer.trainable = False
+    before = [weight.name for weight in layers[1].weights]
+    shapes = [tuple(weight.shape) for weight in layers[1].weights]
+    variables = share(*layers)
+    assert len(variables) == count
+    assert [weight.name for weight in layers[1].weights] == before
+    assert [tuple(weight.shape) for weight in layers[1].weights] == shapes
+    assert set(relation(*layers).values()) == {"same"}
+    assert not any(variable.trainable for variable in variables)
+    for layer in layers:
+        layer.trainable = True
+    assert len(model.trainable_variables) == count + 2
+
+
 def test_a_saved_model_has_the_values_and_shares_again_after_loading(tmp_path):
     model = towers(2)
     share(*kernels(model))

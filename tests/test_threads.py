@@ -34,7 +34,7 @@ def train(model, kind):
 def test_two_threads_train_as_one_after_the_other(kinds):
     alone = [train(build(kind), kind) for kind in kinds]
     models = [build(kind) for kind in kinds]
-    results, errors = [None, None], []
+    results, errors = {}, []
 
     def work(i):
         try:
@@ -48,5 +48,5 @@ def test_two_threads_train_as_one_after_the_other(kinds):
     for thread in threads:
         thread.join(timeout=120)
     assert errors == []
-    assert results == alone
-    assert np.isfinite(np.frombuffer(results[0][0], "float32")).all()
+    assert [results[i] for i in range(2)] == alone
+    assert np.isfinite(np.frombuffer(alone[0][0], "float32")).all()
