@@ -1,6 +1,7 @@
 """What each backend does in its own way, behind one function each."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -49,6 +50,23 @@ def purged(variable: keras.Variable) -> bool:
 def tracing() -> bool:
     """Whether what is computed here becomes part of a step that JAX compiles."""
     return _BACKEND == "jax" and traced(ops.zeros(()))
+
+
+def may_be_traced(variable: keras.Variable) -> bool:
+    """Whether a compiled function may hold the variable, or what it was constrained and regularized by.
+
+    TensorFlow's graphs hold the handles of the variables that they have captured, so nobody else's count of references
+    is larger. JAX leaves no sign. PyTorch runs eagerly, and what `torch.compile` compiled looks at attributes itself.
+    """
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(variable.value, tf.distribute.DistributedValues):
+            return True
+        with tf.init_scope():
+            untraced = tf.Variable(tf.constant(0.0))
+        return sys.getrefcount(variable.value.handle) > sys.getrefcount(untraced.handle)
+    return _BACKEND == "jax"
 
 
 def is_variable(x: Any) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from equalize import backend
+
 
 def living(kind: type) -> list[Any]:
     """All objects of a class and its subclasses, `keras.Model` or `keras.Layer`, that the garbage collector knows.
@@ -25,7 +27,9 @@ def retrace(variables: Iterable[keras.Variable]) -> None:
     Args:
         variables: Variables that have changed their rule or their layers.
     """
-    changed = {id(variable) for variable in variables}
+    changed = {id(variable) for variable in variables if backend.may_be_traced(variable)}
+    if not changed:
+        return
     for model in living(keras.Model):
         traced = [kind for kind in ("train", "test", "predict") if getattr(model, f"{kind}_function", None) is not None]
         if traced and any(id(variable) in changed for variable in model.variables):

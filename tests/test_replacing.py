@@ -1,5 +1,6 @@
 """The road from free to exact: the rule of a group is replaced, and the next step follows."""
 
+import functools
 import gc
 
 import keras
@@ -225,6 +226,28 @@ def test_ties_made_and_taken_away_after_training_are_followed_without_compiling_
     registry.untie("towers")
     train(model)
     assert distances(model) == pytest.approx(0.75 * before, rel=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
+def test_what_torch_has_compiled_follows_ties_made_later(monkeypatch):
+    import torch
+
+    # Dynamo traces and guards as ever; generating C++ from the trace would take a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model, registry, _ = apart()
+    registry.untie()
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=True)
+    train(model, epochs=2)
+    group = registry.tie("towers", kernels(model), Equal(rate=0.5))
+    before = distances(model)
+    train(model)
+    assert distances(model) == pytest.approx(0.5 * before, rel=0.05)  # the loss moves them, too
+    group.rule = Equal()
+    train(model)
+    assert bitwise_equal(*kernels(model))
+    registry.untie()
+    train(model)
+    assert not bitwise_equal(*kernels(model))
 
 
 def test_no_finding_says_that_a_rule_was_dropped_that_was_replaced():
