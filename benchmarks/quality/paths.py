@@ -23,6 +23,8 @@ PUPILS = 40
 LEARNING_RATE = 0.01
 NEAR = 0.02
 
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.3)
+
 # Steps that are taken at a stretch, to save time.
 STRETCH = 50
 
@@ -98,3 +100,5 @@ class Paths(Task):
                     fontsize=6,
                 )
             axes[entry].set(xscale="log", xlabel="factor λ of PairwiseNorm", ylabel=name)
+            axes[entry].minorticks_off()
+            axes[entry].set_xticks(TICKS, map(str, TICKS))
