@@ -174,10 +174,12 @@ def test_a_model_without_the_groups_is_an_error_when_training_starts():
 
 def test_another_model_that_holds_the_members_sees_the_change():
     model, registry = apart(MeanL2(factor=0.0))
-    other = keras.Sequential([keras.Input((5,)), *(model.get_layer(f"tower_{i}") for i in range(1))])
+    entrance = keras.Input((5,))
+    outputs = [model.get_layer(f"tower_{i}")(entrance) for i in range(2)]
+    other = keras.Model(entrance, keras.layers.Concatenate()(outputs))
     other.compile(keras.optimizers.SGD(RATE), no_loss, **MODES[QUICK])
     x, _ = data(8)
-    targets = np.zeros((8, 4), "float32")
+    targets = np.zeros((8, 8), "float32")
     other.fit(x, targets, batch_size=8, verbose=0)
     before = bits(kernels(model)[0])
     spreads(model, FactorSchedule(registry, "towers", lambda epoch: 0.5 if epoch else 0.0), epochs=1)
