@@ -1,15 +1,17 @@
-"""One run: the tasks one after the other under a progress bar each, then the table, the file and the pictures."""
+"""One run: a progress bar a task, then the table, the file and the pictures.
 
-import logging
+What is not timed runs first, a case on each core; then what is timed, one case after the other.
+"""
+
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import keras
+import joblib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import discovery, report
+from benchmarks import discovery, report, worker
 from benchmarks.journal import Journal
 from benchmarks.task import Options, Task
 
@@ -21,22 +23,23 @@ def run(part: str, options: Options, output: Path, console: Console | None = Non
         The exit status: 1 where a task could not run since its data package is missing.
     """
     console = console or Console()
-    # Every task compiles many models, which TensorFlow takes for one that is traced again and again.
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    started = time.perf_counter()
     tasks, missing = load(part)
     for name, package in missing.items():
         console.print(f"[yellow]{name} left out: needs {package}. Install it with: pip install -e '.\\[bench]'")
     settings = report.settings(options)
     journal = Journal(output / "unfinished.jsonl", settings)
-    if len(journal):
-        console.print(f"Going on with an interrupted run: {len(journal)} cases are there already.")
+    continued = len(journal)
+    if continued:
+        console.print(f"Going on with an interrupted run: {continued} cases are there already.")
     measure(console, journal, tasks, options)
-    content = report.content(settings, journal, tasks, options, missing)
+    duration = {"wall_seconds": round(time.perf_counter() - started), "cases_from_before": continued}
+    content = report.content({**settings, **duration}, journal, tasks, options, missing)
     report.write_json(output / "results.json", content)
     report.draw_pictures(output, content, tasks)
     report.print_table(console, content)
     journal.close()
-    console.print(f"{sum(content['seconds'].values()):.0f} s; every record is in {output / 'results.json'}")
+    console.print(f"{content['wall_seconds']} s; every record is in {output / 'results.json'}")
     return 1 if missing else 0
 
 
@@ -56,14 +59,20 @@ def load(part: str) -> tuple[dict[str, Task], dict[str, str]]:
 def measure(console: Console, journal: Journal, tasks: Mapping[str, Task], options: Options) -> None:
     """Measures the cases that the journal lacks, and writes each down as soon as it is there."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    cases = {name: task.cases(options) for name, task in tasks.items()}
     with Progress(*columns, console=console) as progress:
-        bars = {name: progress.add_task(t.title, total=len(t.cases(options)), start=False) for name, t in tasks.items()}
-        for name, task in tasks.items():
-            progress.start_task(bars[name])
-            for case in task.cases(options):
-                if (name, case) not in journal:
-                    started = time.perf_counter()
-                    records = list(task.measure(options, case))
-                    journal.add(name, case, time.perf_counter() - started, records)
-                    keras.backend.clear_session()  # collects garbage, too
+        bars = {name: progress.add_task(t.title, total=len(cases[name]), start=False) for name, t in tasks.items()}
+        for timed in (False, True):
+            todo = []
+            for name in (name for name, task in tasks.items() if task.timed == timed):
+                progress.start_task(bars[name])
+                missing = [case for case in cases[name] if (name, case) not in journal]
+                progress.advance(bars[name], len(cases[name]) - len(missing))
+                todo += [joblib.delayed(worker.measure)(name, case, options) for case in missing]
+            # Other processes are of use from two cases on.
+            together = not timed and len(todo) > 1
+            for name, case, seconds, records in joblib.Parallel(
+                n_jobs=-1 if together else 1, return_as="generator_unordered", batch_size=1
+            )(todo):
+                journal.add(name, case, seconds, records)
                 progress.advance(bars[name])

@@ -22,7 +22,7 @@ def describe(content: Mapping[str, Any]) -> str:
     """What a run ran on."""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     machine = content["machine"]
-    minutes = sum(content["seconds"].values()) / 60
+    minutes = content["wall_seconds"] / 60
     load = "unknown" if content["load"] is None else f"{content['load']:.1f}"
     return (
         f"`--{content['size']}`, seed {content['seed']}, backend {content['backend']}, {minutes:.1f} minutes. "

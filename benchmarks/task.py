@@ -65,10 +65,12 @@ class Task(abc.ABC):
 
     Attributes:
         title: What the table and the picture call it.
+        timed: Whether times or memory are measured, for which a case must have the machine to itself.
         size: Width and height of the picture, in inches.
     """
 
     title: str
+    timed: bool = True
     size: tuple[float, float] = (7.0, 4.0)
 
     @abc.abstractmethod

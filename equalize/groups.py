@@ -102,19 +102,25 @@ class Group:
         """
         members = self.members
         self._require_values(members)
-        values = [ops.convert_to_numpy(member.variable.value) for member in members]
-        if not values or values[0].size == 0:
+        if not members or 0 in members[0].common_shape:
             return 0.0
-        pulled = [_pulled_array(m, value).astype("float64") for m, value in zip(members, values, strict=True)]
-        first = pulled[0]
-        alike = np.all([(value == first) | (np.isnan(value) & np.isnan(first)) for value in pulled], axis=0)
+        # One member after the other, so that a large group needs the memory of a few members, not of all.
+        first = lowest = highest = _pulled_array(members[0], members[0].variable.value)
+        alike = np.ones(first.shape, bool)
+        for member in members[1:]:
+            value = _pulled_array(member, member.variable.value)
+            alike &= (value == first) | (np.isnan(value) & np.isnan(first))
+            lowest, highest = np.minimum(lowest, value), np.maximum(highest, value)
         if not all(member.exact for member in members):
-            base = pulled[_gentlest(members)].astype(values[0].dtype)
+            gentle = members[_gentlest(members)]
+            base = _pulled_array(gentle, gentle.variable.value)
+            base = base.astype(ops.convert_to_numpy(gentle.variable.value).dtype)
             for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
-                alike = alike | ops.convert_to_numpy(_show(members, ops.convert_to_tensor(guess)))
-        with np.errstate(invalid="ignore", over="ignore"):
-            apart = np.max(pulled, axis=0) - np.min(pulled, axis=0)
-        return float(np.max(np.where(alike, 0.0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))))
+                alike |= ops.convert_to_numpy(_show(members, ops.convert_to_tensor(guess)))
+        with np.errstate(invalid="ignore"):
+            apart = np.asarray(np.subtract(highest, lowest, dtype="float64"))
+        apart[alike] = 0.0
+        return float(np.max(np.nan_to_num(apart, copy=False, nan=np.inf, posinf=np.inf)))
 
     def project(self, caller: Member | None = None) -> Tensor | None:
         """Writes the common value to the members that may move; returns what `caller` becomes, for Keras to write.
@@ -324,6 +330,7 @@ def _show(members: Sequence[Member], common: Tensor) -> Tensor:
     return ops.all(ops.stack(same), axis=0)
 
 
-def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
+def _pulled_array(member: Member, value: Tensor) -> np.ndarray:
+    """What a member that holds a value says of the common value, in no less than single precision."""
     with backend.eagerly():
-        return ops.convert_to_numpy(member.pull(ops.convert_to_tensor(value)))
+        return ops.convert_to_numpy(projections.widen(member.pull(ops.convert_to_tensor(value))))

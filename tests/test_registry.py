@@ -1,4 +1,5 @@
 import gc
+import tracemalloc
 import weakref
 
 import keras
@@ -310,6 +311,16 @@ def test_sync_methods_and_names():
     np.testing.assert_allclose(ops.convert_to_numpy(ks[3].value), mean, atol=1e-6)
     with pytest.raises(EqualizeError, match="`method` must be one of"):
         registry.sync("last")
+
+
+def test_the_spread_of_many_members_needs_the_memory_of_a_few():
+    variables = [keras.Variable(np.full((256, 256), float(i), "float32")) for i in range(16)]
+    group = GroupRegistry().tie("g", variables, MeanL2())
+    tracemalloc.start()
+    assert group.spread() == 15.0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 4 * 256**2
 
 
 def test_spread_is_the_largest_entry_of_max_minus_min():

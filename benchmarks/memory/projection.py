@@ -1,22 +1,17 @@
 """How much memory a projection adds at its peak, in members.
 
-A fresh process makes n kernels that differ, notes its resident memory, resets Linux's mark of the highest
-(`/proc/self/clear_refs`), projects once, and reads the mark (`VmHWM`). What people write first stands beside it: stack,
+A fresh process makes n kernels that differ, and projects once. What people write first stands beside it: stack,
 average, assign, which needs more than n members and so shows that the measure works. A projection runs eagerly, or as
 one compiled graph, which is what a training step runs.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 
-from benchmarks import colors
+from benchmarks import colors, peaks
 from benchmarks.task import Case, Options, Record, Row, Task
 
 PROBES = [("hard", "graph"), ("hard", "eager"), ("stack", "graph")]
@@ -26,16 +21,6 @@ LABELS = {"hard": "hard: Equal", "stack": "habit: stacked mean"}
 GOAL = 1.5
 SHAPE = (2048, 2048)
 MEMBER = SHAPE[0] * SHAPE[1] * 4
-AVAILABLE = Path("/proc/self/clear_refs").exists()
-
-# glibc then gives every large buffer back when it is freed.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-
-
-def resident(key: str) -> int:
-    """A figure of `/proc/self/status` in bytes: `VmRSS` now, `VmHWM` at the peak since the last reset."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 def probe(name: str, mode: str, count: int) -> float:
@@ -50,10 +35,8 @@ def probe(name: str, mode: str, count: int) -> float:
         # Each in a buffer of its own again, as after an optimizer's step.
         variable.assign(np.full(SHAPE, i, "float32"))
     filling = fill_cache()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    run()
-    added = resident("VmHWM") - before
+    before = peaks.resident()
+    added = peaks.peak(run) - before
     del filling
     return added / MEMBER
 
@@ -65,9 +48,9 @@ def fill_cache() -> list[Any]:
     tensors = []
     grown = 0
     while grown < 2:
-        before = resident("VmRSS")
+        before = peaks.resident()
         tensors.append(ops.ones(SHAPE))
-        grown += resident("VmRSS") - before > 0.9 * MEMBER
+        grown += peaks.resident() - before > 0.9 * MEMBER
     return tensors
 
 
@@ -111,14 +94,8 @@ class Memory(Task):
         return [{}]  # all in one process, since starting one takes longer than measuring
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
-        if not AVAILABLE or keras.backend.backend() != "tensorflow":
-            return
-        call = [sys.executable, "-m", __name__]
-        with subprocess.Popen(call, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout or ():
-                yield json.loads(line)
-        if process.returncode:
-            raise RuntimeError(f"{call} ended with exit status {process.returncode}.")
+        if peaks.AVAILABLE and keras.backend.backend() == "tensorflow":
+            yield from peaks.probes(__name__)
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = [] if records else [Row("not measured", "needs Linux and TensorFlow")]

@@ -39,7 +39,7 @@ def splits(options: Options) -> int:
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(10, 200, 400)
+    return options.choose(10, 200, 300)
 
 
 def draw_pairs(images: np.ndarray, digits: np.ndarray, count: int, generator: np.random.Generator) -> Pairs:
@@ -97,6 +97,7 @@ class Digits(Task):
     """Accuracy of telling whether two images show the same digit."""
 
     title = "Two towers on digits: pairs judged rightly"
+    timed = False
     size = (7.5, 4.5)
 
     def cases(self, options: Options) -> Sequence[Case]:

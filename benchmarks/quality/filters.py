@@ -36,7 +36,7 @@ def splits(options: Options) -> int:
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(10, 240, 400)
+    return options.choose(10, 160, 320)
 
 
 @functools.cache
@@ -110,6 +110,7 @@ class Filters(Task):
     """Accuracy of local filters, on shapes in order and shuffled."""
 
     title = "Local filters on MNIST-1D: shapes classified rightly"
+    timed = False
     size = (9.0, 4.0)
 
     def cases(self, options: Options) -> Sequence[Case]:

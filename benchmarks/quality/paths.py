@@ -67,14 +67,15 @@ class Paths(Task):
     """The weights of schools over the factor of `PairwiseNorm`."""
 
     title = "Schools: paths of the weights under PairwiseNorm"
+    timed = False
 
     def cases(self, options: Options) -> Sequence[Case]:
-        factors = np.geomspace(0.02, 0.3, options.choose(2, 7, 24))
+        factors = np.geomspace(0.02, 0.3, options.choose(2, 6, 16))
         return [{"factor": float(factor)} for factor in factors]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         x, y, numbers = load(options.choose(3, 8, 12))
-        weights = train(case["factor"], options.choose(50, 600, 3000), x, y)
+        weights = train(case["factor"], options.choose(50, 500, 2000), x, y)
         yield {"schools": numbers, "weights": weights.astype("float64").tolist(), "clusters": clusters(weights)}
 
     def rows(self, records: Sequence[Record]) -> list[Row]:

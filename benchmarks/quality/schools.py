@@ -168,6 +168,7 @@ class Schools(Task):
     """Explained variance of one linear model per school."""
 
     title = "One model per school (Exam, 65 schools): explained variance"
+    timed = False
     size = (8.5, 4.5)
 
     def cases(self, options: Options) -> Sequence[Case]:

@@ -33,7 +33,7 @@ def splits(options: Options) -> int:
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(4, 120, 250)
+    return options.choose(4, 80, 160)
 
 
 @functools.cache
@@ -107,6 +107,7 @@ class Transformer(Task):
     """Loss of a small transformer whose blocks are tied."""
 
     title = "Three transformer blocks on text: bits a character"
+    timed = False
     size = (7.5, 4.5)
 
     def cases(self, options: Options) -> Sequence[Case]:

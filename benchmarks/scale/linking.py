@@ -45,7 +45,7 @@ class Layers(keras.Model):
 
 def counts(options: Options) -> tuple[int, ...]:
     """How many variables to link."""
-    return options.choose((50, 100), (250, 500, 1000, 2000), (250, 500, 1000, 2000, 4000))
+    return options.choose((50, 100), (500, 2000), (250, 500, 1000, 2000, 4000))
 
 
 def repetitions(options: Options) -> int:

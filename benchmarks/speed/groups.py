@@ -35,7 +35,7 @@ class SmallGroups(Task):
     size = (7.5, 4.0)
 
     def cases(self, options: Options) -> Sequence[Case]:
-        counts = options.choose((2,), (25,), (1, 10, 100, 200))
+        counts = options.choose((2,), (10,), (1, 10, 100, 200))
         return [{"groups": groups, "mode": mode} for mode in timing.modes(options) for groups in counts]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
