@@ -105,15 +105,15 @@ class Group:
         if not members or 0 in members[0].common_shape:
             return 0.0
         # One member after the other, so that a large group needs the memory of a few members, not of all.
-        first = lowest = highest = _pulled_array(members[0], members[0].variable.value)
+        first = lowest = highest = _pulled_array(members[0], backend.read(members[0].variable))
         alike = np.ones(first.shape, bool)
         for member in members[1:]:
-            value = _pulled_array(member, member.variable.value)
+            value = _pulled_array(member, backend.read(member.variable))
             alike &= (value == first) | (np.isnan(value) & np.isnan(first))
             lowest, highest = np.minimum(lowest, value), np.maximum(highest, value)
         if not all(member.exact for member in members):
             gentle = members[_gentlest(members)]
-            base = _pulled_array(gentle, gentle.variable.value)
+            base = _pulled_array(gentle, backend.read(gentle.variable))
             base = base.astype(ops.convert_to_numpy(gentle.variable.value).dtype)
             for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
                 alike |= ops.convert_to_numpy(_show(members, ops.convert_to_tensor(guess)))

@@ -315,7 +315,7 @@ def test_sync_methods_and_names():
 
 def test_the_spread_of_many_members_needs_the_memory_of_a_few():
     variables = [keras.Variable(np.full((256, 256), float(i), "float32")) for i in range(16)]
-    group = GroupRegistry().tie("g", variables, MeanL2())
+    group = equalize.GroupRegistry().tie("g", variables, MeanL2())
     tracemalloc.start()
     assert group.spread() == 15.0
     peak = tracemalloc.get_traced_memory()[1]
