@@ -1,0 +1,71 @@
+"""The spread of every way of tying at every place in every dtype: `python -m tests.matrix` writes it to a README.
+
+All cells take about a quarter of an hour. Names of backends and places as arguments limit what is run and printed;
+then nothing is written.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from tests import places
+from tests.places import APART, DTYPES, PLACES, WAYS
+
+README = Path(__file__).parent / "README.md"
+BLOCK = re.compile(r"(?<=<!-- matrix -->\n).*(?=<!-- end -->)", re.DOTALL)
+TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+
+
+def measured(run, way):
+    """The spread where there must be none: over all copies of all members, or of each member alone."""
+    return run.spread_of_copies() if way in APART else run.spread_of_members()
+
+
+def several(place):
+    return place.devices * place.processes > 1
+
+
+def rows(backend, name):
+    """The ways that have a row: where members are not meant to be equal, only copies on several devices can be."""
+    return [way for way in WAYS if way not in APART or several(PLACES[backend][name])]
+
+
+def cells(backend, name):
+    """What was measured, for each way and dtype."""
+    found = places.runs(backend, name, DTYPES, rows(backend, name))
+    return {key: measured(run, key[0]) for key, run in found.items()}
+
+
+def line(backend, name, way, found):
+    shown = (f"{found[way, dtype]:g}" for dtype in DTYPES)
+    return "| " + " | ".join([name, way, *shown]) + " |\n"
+
+
+def table(backend, names):
+    """The table of one backend."""
+    head = ["where", "way", *DTYPES]
+    text = [f"\n### {TITLES[backend]}\n\n", "| " + " | ".join(head) + " |\n", "|" + " --- |" * len(head) + "\n"]
+    for name in names:
+        print(f"{backend}: {name}", file=sys.stderr, flush=True)
+        found = cells(backend, name)
+        text += [line(backend, name, way, found) for way in rows(backend, name)]
+    return "".join(text)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("only", nargs="*", help="backends and places")
+    only = parser.parse_args(arguments).only
+    chosen = {
+        backend: [name for name in PLACES[backend] if not only or {backend, name} & set(only)] for backend in PLACES
+    }
+    tables = "".join(table(backend, names) for backend, names in chosen.items() if names)
+    if only:
+        print(tables)
+    else:
+        README.write_text(BLOCK.sub(lambda _: tables + "\n", README.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Every way of tying at every place: copies of members after every step, and the numbers of one device."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests import matrix, places
+from tests.conftest import BACKEND
+from tests.places import APART, DTYPES, PLACES, STEPS, WAYS
+
+ONE, *OTHERS = PLACES[BACKEND]
+TRIED = ("float32", "bfloat16")  # here; the others by `python -m tests.matrix`
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The run at a place, by its name; what runs elsewhere runs all ways and dtypes at once."""
+    found = {}
+
+    def run(name, way, dtype):
+        if not matrix.several(PLACES[BACKEND][name]):
+            return places.run_here(name, way, dtype)
+        if name not in found:
+            found[name] = places.runs(BACKEND, name, TRIED)
+        return found[name][way, dtype]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", TRIED)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", PLACES[BACKEND])
+def test_copies_and_members_are_equal_after_every_step(run, name, way, dtype):
+    found = run(name, way, dtype)
+    assert len(found.copies) == STEPS + 2  # before training, and once more at the end
+    assert len({step.tobytes() for step in found.values}) == (1 if "frozen" in way else STEPS + 1)
+    for place_of_member in range(3):
+        copies = {len(step[place_of_member]) for step in found.copies}
+        assert copies == {expected_copies(name, place_of_member)}
+    assert found.spread_of_copies() == 0.0
+    assert (found.spread_of_members() == 0.0) == (way not in APART)
+
+
+def expected_copies(name, member):
+    if "sharded" not in name:
+        return PLACES[BACKEND][name].devices * PLACES[BACKEND][name].processes
+    split = "alike" in name or member < 2
+    return (1 if split else 2) if "processes" in name else (2 if split else 4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_numbers_are_those_of_one_device(run, name, way):
+    found, expected = (run(each, way, "float32").values for each in (name, ONE))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_table_has_all_rows_and_no_spread():
+    section = matrix.README.read_text("utf-8").split(f"### {matrix.TITLES[BACKEND]}\n")[1].split("###")[0]
+    head, _, *lines = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
+    assert head.split(" | ") == ["where", "way", *DTYPES]
+    cells = [tuple(row.split(" | ")) for row in lines]
+    assert [row[:2] for row in cells] == [(name, way) for name in PLACES[BACKEND] for way in matrix.rows(BACKEND, name)]
+    assert {cell for row in cells for cell in row[2:]} == {"0"}
