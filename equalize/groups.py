@@ -102,7 +102,7 @@ class Group:
         """
         members = self.members
         self._require_values(members)
-        values = [ops.convert_to_numpy(member.variable.value) for member in members]
+        values = [backend.array(member.variable.value) for member in members]
         if not values or values[0].size == 0:
             return 0.0
         pulled = [_pulled_array(m, value).astype("float64") for m, value in zip(members, values, strict=True)]

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 from tests import places
-from tests.places import APART, DTYPES, PLACES, WAYS
+from tests.places import APART, DTYPES, PLACES
 
 README = Path(__file__).parent / "README.md"
 BLOCK = re.compile(r"(?<=<!-- matrix -->\n).*(?=<!-- end -->)", re.DOTALL)
 TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+WAYS = ("exact", "hard", "partial", "soft")
+LACKING = "–"
 
 
 def measured(run, way):
@@ -22,24 +24,18 @@ def measured(run, way):
     return run.spread_of_copies() if way in APART else run.spread_of_members()
 
 
-def several(place):
-    return place.devices * place.processes > 1
-
-
-def rows(backend, name):
+def rows(place):
     """The ways that have a row: where members are not meant to be equal, only copies on several devices can be."""
-    return [way for way in WAYS if way not in APART or several(PLACES[backend][name])]
+    return [way for way in WAYS if place.several or way not in APART]
 
 
-def cells(backend, name):
-    """What was measured, for each way and dtype."""
-    found = places.runs(backend, name, DTYPES, rows(backend, name))
-    return {key: measured(run, key[0]) for key, run in found.items()}
-
-
-def line(backend, name, way, found):
-    shown = (f"{found[way, dtype]:g}" for dtype in DTYPES)
-    return "| " + " | ".join([name, way, *shown]) + " |\n"
+def lines(backend, name):
+    """The rows of a place, with what was measured there."""
+    place = PLACES[backend][name]
+    found = places.runs(backend, name, DTYPES, rows(place))
+    for way in rows(place):
+        cells = (LACKING if dtype in place.lacks else f"{measured(found[way, dtype], way):g}" for dtype in DTYPES)
+        yield "| " + " | ".join([name, way, *cells]) + " |\n"
 
 
 def table(backend, names):
@@ -48,17 +44,16 @@ def table(backend, names):
     text = [f"\n### {TITLES[backend]}\n\n", "| " + " | ".join(head) + " |\n", "|" + " --- |" * len(head) + "\n"]
     for name in names:
         print(f"{backend}: {name}", file=sys.stderr, flush=True)
-        found = cells(backend, name)
-        text += [line(backend, name, way, found) for way in rows(backend, name)]
+        text += lines(backend, name)
     return "".join(text)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("only", nargs="*", help="backends and places")
-    only = parser.parse_args(arguments).only
+    only = set(parser.parse_args(arguments).only)
     chosen = {
-        backend: [name for name in PLACES[backend] if not only or {backend, name} & set(only)] for backend in PLACES
+        backend: [name for name in found if not only or {backend, name} & only] for backend, found in PLACES.items()
     }
     tables = "".join(table(backend, names) for backend, names in chosen.items() if names)
     if only:
