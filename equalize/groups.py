@@ -111,7 +111,7 @@ class Group:
         if not all(member.exact for member in members):
             base = pulled[_gentlest(members)].astype(values[0].dtype)
             for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
-                alike = alike | ops.convert_to_numpy(_show(members, ops.convert_to_tensor(guess)))
+                alike = alike | backend.array(_show(members, ops.convert_to_tensor(guess)))
         with np.errstate(invalid="ignore", over="ignore"):
             apart = np.max(pulled, axis=0) - np.min(pulled, axis=0)
         return float(np.max(np.where(alike, 0.0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))))

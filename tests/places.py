@@ -20,7 +20,7 @@ import equalize
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
-from equalize.views import Transpose
+from equalize.views import Scale, Transpose
 from tests.conftest import BACKEND, data, in_new_processes, kernels, towers
 
 SIZE, STEPS, BATCH = 4, 4, 16
@@ -111,10 +111,7 @@ PLACES = {
         "ModelParallel, members sharded alike": Place(model_parallel((2, 2), ALIKE), devices=4),
         "ModelParallel, members sharded differently": Place(model_parallel((2, 2), UNLIKE), devices=4),
         "DataParallel, two processes": Place(data_parallel, devices=2, processes=2),
-        "ModelParallel, two processes, sharded alike": Place(model_parallel((1, 2), ALIKE), processes=2, whole=True),
-        "ModelParallel, two processes, sharded differently": Place(
-            model_parallel((1, 2), UNLIKE), processes=2, whole=True
-        ),
+        "ModelParallel, two processes": Place(model_parallel((1, 2), UNLIKE), processes=2, whole=True),
     },
     "torch": {"one device": Place()},
 }
@@ -163,6 +160,12 @@ def _train(place, way, process):
         model.fit(x, y, batch_size=part, shuffle=False, verbose=0, callbacks=[watch])
     spread = registry.spread()["towers"]
     assert (spread == 0.0) == (way not in APART), spread
+    first, second, third = kernels(model)
+    assert (equalize.relation(first, third) == "equal") == (way not in APART)
+    if way == "partial":  # a view that rounds
+        registry.untie()
+        registry.tie("scaled", [first, (second, Scale(3.0)), third], Equal(), initial="mean")
+        assert registry.spread() == {"scaled": 0.0}
     return pieces
 
 

@@ -149,9 +149,9 @@ def train_many_groups(way, count):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_many_groups(way):
-    figures = train_many_groups(way, 200)
-    assert figures["groups"] == 20
-    assert figures["equal"] == (20 if way in ("hard", "exact") else 0)
+    figures = train_many_groups(way, 100)
+    assert figures["groups"] == 10
+    assert figures["equal"] == (10 if way in ("hard", "exact") else 0)
 
 
 @pytest.mark.load
@@ -190,7 +190,7 @@ class Watch(keras.callbacks.Callback):
         self.seen["spread"].append(max(group.spread() for group in self.registry.values() if group.hard))
 
 
-def train_many_steps(way, steps, epochs=20):
+def train_many_steps(way, steps, epochs):
     """Many steps of a model with a hard, a partial and a soft group: what was seen after each epoch."""
     model = towers(6)
     members = kernels(model)
@@ -209,7 +209,7 @@ def train_many_steps(way, steps, epochs=20):
 def assert_steady(figures, steps, growth):
     assert figures["spread"] == [0.0] * len(figures["spread"])
     resident = figures["resident"]
-    assert resident[-1] - resident[len(resident) // 10] < growth
+    assert resident[-1] - resident[len(resident) // 10 or 1] < growth
     if TRACES:
         assert set(figures["traces"]) == {figures["traces"][0]}
         assert figures["traces"][0] <= 2
@@ -219,19 +219,19 @@ def assert_steady(figures, steps, growth):
 
 @pytest.mark.parametrize("way", ["hard", "exact"])
 def test_many_steps(way):
-    assert_steady(train_many_steps(way, 1000), 1000, growth=16)
+    assert_steady(train_many_steps(way, 400, 4), 400, growth=16)
 
 
 @pytest.mark.load
 @pytest.mark.parametrize("way", ["hard", "exact"])
 def test_a_hundred_thousand_steps(tmp_path, way):
-    assert_steady(elsewhere(tmp_path, train_many_steps, way, 100_000), 100_000, growth=16)
+    assert_steady(elsewhere(tmp_path, train_many_steps, way, 100_000, 20), 100_000, growth=16)
 
 
 # ---- many lives
 
 
-def live(cycles, looks=5):
+def live(cycles, looks):
     """Models that are linked, cloned, trained and dropped, beside one that is tied and untied again and again.
 
     Returns:
@@ -270,8 +270,8 @@ def count_of_objects():
 
 
 def test_few_lives():
-    figures = live(6, looks=3)
-    assert figures["objects"][1:] == figures["objects"][:1] * 2
+    figures = live(4, looks=2)
+    assert figures["objects"][0] == figures["objects"][1]
 
 
 @pytest.mark.load
