@@ -32,7 +32,7 @@ def rows(place):
 def lines(backend, name):
     """The rows of a place, with what was measured there."""
     place = PLACES[backend][name]
-    found = places.runs(backend, name, DTYPES, rows(place))
+    found = places.runs(backend, name, place.pairs(rows(place), DTYPES))
     for way in rows(place):
         cells = (LACKING if dtype in place.lacks else f"{measured(found[way, dtype], way):g}" for dtype in DTYPES)
         yield "| " + " | ".join([name, way, *cells]) + " |\n"

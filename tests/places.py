@@ -57,8 +57,8 @@ class Place:
     def several(self):
         return self.devices * self.processes > 1
 
-    def dtypes(self, among):
-        return [dtype for dtype in among if dtype not in self.lacks]
+    def pairs(self, ways, dtypes):
+        return [(way, dtype) for dtype in dtypes for way in ways if dtype not in self.lacks]
 
 
 @functools.cache
@@ -158,8 +158,7 @@ def _train(place, way, process):
     else:
         watch = keras.callbacks.LambdaCallback(on_train_batch_end=look, on_train_end=look)
         model.fit(x, y, batch_size=part, shuffle=False, verbose=0, callbacks=[watch])
-    spread = registry.spread()["towers"]
-    assert (spread == 0.0) == (way not in APART), spread
+    assert (registry.spread()["towers"] == 0.0) == (way not in APART)
     first, second, third = kernels(model)
     assert (equalize.relation(first, third) == "equal") == (way not in APART)
     if way == "partial":  # a view that rounds
@@ -202,8 +201,8 @@ def _pieces(variable, process):
         copies = tf.distribute.get_strategy().experimental_local_results(variable.value)
         return [(process * len(copies) + i, (), copy.numpy()) for i, copy in enumerate(copies)]
     if BACKEND == "jax":
-        return [(shard.replica_id, shard.index, np.asarray(shard.data)) for shard in variable.value.addressable_shards]
-    return [(0, (), ops.convert_to_numpy(variable.value))]
+        return [(shard.replica_id, shard.index, np.array(shard.data)) for shard in variable.value.addressable_shards]
+    return [(0, (), np.array(ops.convert_to_numpy(variable.value)))]
 
 
 @dataclass(frozen=True)
@@ -225,11 +224,12 @@ class Run:
 
 
 def spread(arrays):
-    """How far apart arrays are; 0.0 only where they are equal bit for bit."""
-    if len({array.tobytes() for array in arrays}) == 1:
-        return 0.0
-    distance = np.ptp(np.stack(arrays).astype("float64"), axis=0).max()
-    return max(float(distance), np.finfo("float64").tiny) if np.isfinite(distance) else float("inf")
+    """How far apart arrays are; 0.0 only where they are equal bit for bit, and infinite where one has no number."""
+    wide = np.stack(arrays).astype("float64")
+    if not np.isfinite(wide).all():
+        return float("inf")
+    equal = len({array.tobytes() for array in arrays}) == 1
+    return 0.0 if equal else max(float(np.ptp(wide, axis=0).max()), np.finfo("float64").tiny)
 
 
 def _run(way, parts):
@@ -253,24 +253,23 @@ def run_here(name, way, dtype):
     return _run(way, [train(PLACES[BACKEND][name], way, dtype)])
 
 
-def runs(backend, name, dtypes, ways=tuple(WAYS)):
-    """A run for each way and dtype that a place has, in new processes: devices are made before a backend starts."""
+def runs(backend, name, pairs):
+    """A run for each pair of a way and a dtype, in new processes: devices are made before a backend starts."""
     place = PLACES[backend][name]
     environment = {"KERAS_BACKEND": backend}
     if backend == "jax":
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={place.devices}"
-        environment["JAX_ENABLE_X64"] = str(int("float64" in dtypes))
+        environment["JAX_ENABLE_X64"] = str(int("float64" in {dtype for _, dtype in pairs}))
     with tempfile.TemporaryDirectory() as folder:
         addresses = json.dumps([f"127.0.0.1:{port}" for port in _free_ports(place.processes)])
-        keys = json.dumps([(way, dtype) for dtype in place.dtypes(dtypes) for way in ways])
-        calls = [(name, keys, process, addresses, folder) for process in range(place.processes)]
+        calls = [(name, json.dumps(pairs), process, addresses, folder) for process in range(place.processes)]
         in_new_processes(train_in_process, calls, timeout=900, **environment)
         files = [pathlib.Path(folder) / str(process) for process in range(place.processes)]
         parts = [pickle.loads(file.read_bytes()) for file in files]
     return {(way, dtype): _run(way, [part[way, dtype] for part in parts]) for way, dtype in parts[0]}
 
 
-def train_in_process(name, keys, process, addresses, folder):
+def train_in_process(name, pairs, process, addresses, folder):
     """What a new process does."""
     place, process, addresses = PLACES[BACKEND][name], int(process), json.loads(addresses)
     keras.utils.set_random_seed(1)
@@ -284,7 +283,7 @@ def train_in_process(name, keys, process, addresses, folder):
         os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
     elif place.processes > 1:
         keras.distribution.initialize(addresses[0], place.processes, process)
-    result = {(way, dtype): train(place, way, dtype, process) for way, dtype in json.loads(keys)}
+    result = {(way, dtype): train(place, way, dtype, process) for way, dtype in json.loads(pairs)}
     (pathlib.Path(folder) / str(process)).write_bytes(pickle.dumps(result))
 
 

@@ -1,5 +1,6 @@
 """Every way of tying at every place: copies of members after every step, and the numbers of one device."""
 
+import functools
 import re
 
 import numpy as np
@@ -10,35 +11,31 @@ from tests.conftest import BACKEND
 from tests.places import APART, DTYPES, PLACES, STEPS, WAYS
 
 ONE, *OTHERS = PLACES[BACKEND]
-TRIED = ("float32", "bfloat16")  # here; the others by `python -m tests.matrix`
 
 
-@pytest.fixture(scope="module")
-def run():
-    """The run at a place, by its name; what runs elsewhere runs all ways and dtypes at once."""
-    found = {}
-
-    def run(name, way, dtype):
-        if not PLACES[BACKEND][name].several:
-            return places.run_here(name, way, dtype)
-        if name not in found:
-            found[name] = places.runs(BACKEND, name, TRIED)
-        return found[name][way, dtype]
-
-    return run
+def tried(name):
+    """What is tried of a place here; `python -m tests.matrix` tries all dtypes."""
+    place = PLACES[BACKEND][name]
+    return place.pairs(WAYS, ["float32"]) + place.pairs(["exact", "hard"], ["bfloat16"])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, place in PLACES[BACKEND].items() for dtype in place.dtypes(TRIED)]
-)
-def test_copies_and_members_are_equal_after_every_step(run, name, way, dtype):
+@functools.cache
+def elsewhere(name):
+    return places.runs(BACKEND, name, tried(name))
+
+
+@functools.cache
+def run(name, way, dtype):
+    return elsewhere(name)[way, dtype] if PLACES[BACKEND][name].several else places.run_here(name, way, dtype)
+
+
+@pytest.mark.parametrize(("name", "way", "dtype"), [(name, *pair) for name in PLACES[BACKEND] for pair in tried(name)])
+def test_copies_and_members_are_equal_after_every_step(name, way, dtype):
     found = run(name, way, dtype)
     assert len(found.copies) == STEPS + 1  # and once more at the end
     assert len({step.tobytes() for step in found.values}) == (1 if "frozen" in way else STEPS)
-    for place_of_member in range(3):
-        copies = {len(step[place_of_member]) for step in found.copies}
-        assert copies == {expected_copies(name, place_of_member)}
+    for member in range(3):
+        assert {len(step[member]) for step in found.copies} == {expected_copies(name, member)}
     assert found.spread_of_copies() == 0.0
     assert (found.spread_of_members() == 0.0) == (way not in APART)
 
@@ -52,7 +49,7 @@ def expected_copies(name, member):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_numbers_are_those_of_one_device(run, name, way):
+def test_the_numbers_are_those_of_one_device(name, way):
     found, expected = (run(each, way, "float32").values for each in (name, ONE))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
