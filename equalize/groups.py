@@ -102,18 +102,23 @@ class Group:
         """
         members = self.members
         self._require_values(members)
-        values = [backend.array(member.variable.value) for member in members]
-        if not values or values[0].size == 0:
+        if not members:
             return 0.0
-        pulled = [_pulled_array(m, value).astype("float64") for m, value in zip(members, values, strict=True)]
-        first = pulled[0]
-        alike = np.all([(value == first) | (np.isnan(value) & np.isnan(first)) for value in pulled], axis=0)
+        pulled = (_pulled_array(member, backend.array(member.variable.value)) for member in members)
+        first = low = high = next(pulled)
+        alike = np.ones(first.shape, bool)
+        for value in pulled:
+            alike &= (value == first) | (np.isnan(value) & np.isnan(first))
+            low, high = np.minimum(low, value), np.maximum(high, value)
+        if alike.all():
+            return 0.0
         if not all(member.exact for member in members):
-            base = pulled[_gentlest(members)].astype(values[0].dtype)
+            gentlest = members[_gentlest(members)]
+            base = _pulled_array(gentlest, backend.array(gentlest.variable.value))
             for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
                 alike = alike | backend.array(_show(members, ops.convert_to_tensor(guess)))
         with np.errstate(invalid="ignore", over="ignore"):
-            apart = np.max(pulled, axis=0) - np.min(pulled, axis=0)
+            apart = high.astype("float64") - low.astype("float64")
         return float(np.max(np.where(alike, 0.0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))))
 
     def project(self, caller: Member | None = None) -> Tensor | None:

@@ -21,6 +21,7 @@ LACKING = "–"
 
 def measured(run, way):
     """The spread where there must be none: over all copies of all members, or of each member alone."""
+    assert run.steps > 1  # loss scaling skips steps that overflow
     return run.spread_of_copies() if way in APART else run.spread_of_members()
 
 

@@ -216,6 +216,11 @@ class Run:
         """The first copy of each member: (steps, members, ...)."""
         return np.array([[copies[0] for copies in step] for step in self.copies])
 
+    @property
+    def steps(self):
+        """How many steps left values that no other did."""
+        return len({step.tobytes() for step in self.values})
+
     def spread_of_members(self):
         return max(spread([copy for copies in step for copy in copies]) for step in self.copies)
 

@@ -9,6 +9,7 @@ import json
 import pathlib
 import resource
 import time
+import tracemalloc
 
 import keras
 import numpy as np
@@ -112,6 +113,20 @@ def test_a_group_of_a_hundred_million_entries(tmp_path):
         figures = elsewhere(tmp_path, train_large_group, way, 3536)
         assert figures["values"] == [1 if way in ("hard", "exact") else 8] * 3
         assert figures["peak"] <= untied["peak"] + 2 * figures["group"]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_spread_takes_the_memory_of_a_few_members(equal):
+    variables = [keras.Variable(np.full(100_000, 1.0 if equal else i, "float32"), name=f"w_{i}") for i in range(32)]
+    registry = equalize.GroupRegistry()
+    registry.tie("many", variables, MeanL2(factor=0.1))
+    registry.spread()
+    tracemalloc.start()
+    spread = registry.spread()["many"]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert spread == (0.0 if equal else 31.0)
+    assert most < 16 * 400_000
 
 
 # ---- many groups
