@@ -65,7 +65,7 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
         found = backend.gradients(_loss_of(model, *batch), [member.variable for member in moving])
         for i, gradient in enumerate(found):
             if gradient is not None:
-                pulled = ops.convert_to_numpy(moving[i].pull_gradient(gradient)).astype("float64")
+                pulled = backend.array(moving[i].pull_gradient(gradient)).astype("float64")
                 sums[i] = sums[i] + size * pulled
     try:
         group.require_anchors_agree()
@@ -78,7 +78,7 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
 
 
 def _distance(group: Group) -> float:
-    values = [ops.convert_to_numpy(member.pull(backend.read(member.variable))) for member in group.members]
+    values = [backend.array(member.pull(backend.read(member.variable))) for member in group.members]
     values = [value.astype("float64") for value in values]
     mean = sum(values) / len(values)
     size = sum(np.sum(value**2) for value in values)
@@ -161,7 +161,7 @@ def _metrics_as_they_are(model: keras.Model) -> Iterator[None]:
 @contextlib.contextmanager
 def _equal(group: Group) -> Iterator[None]:
     """While open, the members are equal, to their mean or their anchor."""
-    kept = [(member.variable, ops.convert_to_numpy(member.variable.value).copy()) for member in group.members]
+    kept = [(member.variable, backend.array(member.variable.value).copy()) for member in group.members]
     group.sync("mean")
     try:
         yield

@@ -99,8 +99,17 @@ def concrete(variable: keras.Variable) -> np.ndarray | None:
 
         with tf.init_scope():
             return None if tf.distribute.has_strategy() else value.numpy()
-    if value is None or traced(value):
-        return None
+    return None if value is None or traced(value) else array(value)
+
+
+def array(value: Tensor) -> np.ndarray:
+    """A tensor as an array. What JAX has spread over several processes, all of them gather together."""
+    if _BACKEND == "jax" and not (value.is_fully_addressable or value.is_fully_replicated):
+        import jax
+        from jax.experimental import multihost_utils
+
+        with jax.ensure_compile_time_eval():
+            value = multihost_utils.process_allgather(value, tiled=True)
     return ops.convert_to_numpy(value)
 
 

@@ -102,23 +102,24 @@ class Group:
         """
         members = self.members
         self._require_values(members)
-        if not members or 0 in members[0].common_shape:
+        if not members:
             return 0.0
         # One member after the other, so that a large group needs the memory of a few members, not of all.
-        first = lowest = highest = _pulled_array(members[0], backend.read(members[0].variable))
+        pulled = (_pulled_array(member, backend.array(member.variable.value)) for member in members)
+        first = low = high = next(pulled)
         alike = np.ones(first.shape, bool)
-        for member in members[1:]:
-            value = _pulled_array(member, backend.read(member.variable))
+        for value in pulled:
             alike &= (value == first) | (np.isnan(value) & np.isnan(first))
-            lowest, highest = np.minimum(lowest, value), np.maximum(highest, value)
+            low, high = np.minimum(low, value), np.maximum(high, value)
+        if alike.all():
+            return 0.0
         if not all(member.exact for member in members):
-            gentle = members[_gentlest(members)]
-            base = _pulled_array(gentle, backend.read(gentle.variable))
-            base = base.astype(ops.convert_to_numpy(gentle.variable.value).dtype)
+            gentlest = members[_gentlest(members)]
+            base = _pulled_array(gentlest, backend.array(gentlest.variable.value))
             for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
-                alike |= ops.convert_to_numpy(_show(members, ops.convert_to_tensor(guess)))
+                alike |= backend.array(_show(members, ops.convert_to_tensor(guess)))
         with np.errstate(invalid="ignore"):
-            apart = np.asarray(np.subtract(highest, lowest, dtype="float64"))
+            apart = np.asarray(np.subtract(high, low, dtype="float64"))
         apart[alike] = 0.0
         return float(np.max(np.nan_to_num(apart, copy=False, nan=np.inf, posinf=np.inf)))
 
@@ -330,7 +331,9 @@ def _show(members: Sequence[Member], common: Tensor) -> Tensor:
     return ops.all(ops.stack(same), axis=0)
 
 
-def _pulled_array(member: Member, value: Tensor) -> np.ndarray:
-    """What a member that holds a value says of the common value, in no less than single precision."""
-    with backend.eagerly():
-        return ops.convert_to_numpy(projections.widen(member.pull(ops.convert_to_tensor(value))))
+def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
+    """What a member that holds a value says of the common value, in the value's dtype."""
+    if member.view is None:
+        return value
+    with backend.eagerly():  # widened, since TensorFlow cannot give a scalar in half precision back
+        return ops.convert_to_numpy(projections.widen(member.pull(ops.convert_to_tensor(value)))).astype(value.dtype)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras import ops
 
 from equalize import backend, binding, pairing, retracing
 from equalize.errors import GroupMismatchError
@@ -113,7 +112,7 @@ def _relation(a: keras.Variable, b: keras.Variable) -> str:
         return "same"
     if tuple(a.shape) != tuple(b.shape) or _dtype(a) != _dtype(b):
         return "different"
-    one, two = (ops.convert_to_numpy(variable.value) for variable in (a, b))
+    one, two = (backend.array(variable.value) for variable in (a, b))
     return "equal" if one.tobytes() == two.tobytes() else "different"
 
 

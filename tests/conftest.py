@@ -1,9 +1,12 @@
 """What the tests share: small models, and a callback that looks at the members after every step."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -138,16 +141,36 @@ def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimiz
     return watch
 
 
-def in_new_process(function, *arguments) -> int:
+def in_new_process(function, *arguments, timeout=300) -> int:
     """Runs a function of a test file in a new process with the same backend; returns the process's exit code."""
+    (code,) = in_new_processes(function, [arguments], timeout=timeout)
+    return code
+
+
+def in_new_processes(function, calls, *, timeout=300, **environment) -> list[int]:
+    """Runs a function side by side in new processes, one for each tuple of arguments; where one fails, all end."""
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in calls]
+        processes = [_start(function, call, environment, log) for call, log in zip(calls, logs, strict=True)]
+        for process in processes:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        end = time.monotonic() + timeout
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            assert time.monotonic() < end, f"{function.__name__}{tuple(calls)} took more than {timeout} s"
+            time.sleep(0.05)
+        for code, log in zip(codes, logs, strict=True):
+            if code is not None and code > 0:
+                log.seek(0)
+                raise AssertionError(log.read())
+    return [process.returncode for process in processes]
+
+
+def _start(function, arguments, environment, log):
     call = f"from {function.__module__} import {function.__name__} as f; f(*{[str(a) for a in arguments]!r})"
     root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", call], cwd=root, env=os.environ, capture_output=True, text=True, timeout=300, check=False
-    )
-    if done.returncode > 0:
-        raise AssertionError(done.stderr)
-    return done.returncode
+    command, quiet = [sys.executable, "-c", call], subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=root, env=os.environ | environment, stdout=quiet, stderr=log, text=True)
 
 
 def value_and_gradients(function, variables):

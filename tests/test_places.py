@@ -1,0 +1,66 @@
+"""Every way of tying at every place: copies of members after every step, and the numbers of one device."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+
+from tests import matrix, places
+from tests.conftest import BACKEND
+from tests.places import APART, DTYPES, PLACES, STEPS, WAYS
+
+ONE, *OTHERS = PLACES[BACKEND]
+
+
+def tried(name):
+    """What is tried of a place here; `python -m tests.matrix` tries all dtypes."""
+    place = PLACES[BACKEND][name]
+    return place.pairs(WAYS, ["float32"]) + place.pairs(["exact", "hard"], ["bfloat16"])
+
+
+@functools.cache
+def elsewhere(name):
+    return places.runs(BACKEND, name, tried(name))
+
+
+@functools.cache
+def run(name, way, dtype):
+    return elsewhere(name)[way, dtype] if PLACES[BACKEND][name].several else places.run_here(name, way, dtype)
+
+
+@pytest.mark.parametrize(("name", "way", "dtype"), [(name, *pair) for name in PLACES[BACKEND] for pair in tried(name)])
+def test_copies_and_members_are_equal_after_every_step(name, way, dtype):
+    found = run(name, way, dtype)
+    assert len(found.copies) == STEPS + 1  # and once more at the end
+    assert found.steps == (1 if "frozen" in way else STEPS)
+    for member in range(3):
+        assert {len(step[member]) for step in found.copies} == {expected_copies(name, member)}
+    assert found.spread_of_copies() == 0.0
+    assert (found.spread_of_members() == 0.0) == (way not in APART)
+
+
+def expected_copies(name, member):
+    """A sharded member has fewer copies than there are devices."""
+    place = PLACES[BACKEND][name]
+    sharded = "ModelParallel" in name and ("alike" in name or member < 2)
+    return place.devices * place.processes // (2 if sharded else 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_numbers_are_those_of_one_device(name, way):
+    found, expected = (run(each, way, "float32").values for each in (name, ONE))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_table_has_all_rows_and_no_spread():
+    section = matrix.README.read_text("utf-8").split(f"### {matrix.TITLES[BACKEND]}\n")[1].split("###")[0]
+    head, _, *lines = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
+    assert head.split(" | ") == ["where", "way", *DTYPES]
+    cells = [tuple(row.split(" | ")) for row in lines]
+    expected = [(name, way) for name, place in PLACES[BACKEND].items() for way in matrix.rows(place)]
+    assert [row[:2] for row in cells] == expected
+    for name, _, *numbers in cells:
+        lacking = PLACES[BACKEND][name].lacks
+        assert numbers == [matrix.LACKING if dtype in lacking else "0" for dtype in DTYPES]
