@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from equalize import binding, discovery, matching, persistence, retracing
+from equalize import backend, binding, discovery, matching, persistence, retracing
+from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -109,9 +110,52 @@ def restore(
     ]
 
 
+def require_apart(plans: Sequence[Plan]) -> None:
+    """Raises where two groups that are made at once get in each other's way: each was checked against older ones only.
+
+    Raises:
+        GroupMismatchError: Two have one name, or project one variable.
+    """
+    seen: set[str] = set()
+    projected: dict[int, str] = {}
+    for plan in plans:
+        name = plan.group.name
+        if name in seen:
+            raise GroupMismatchError(f"Two groups have the name '{name}'. Expected: a name for each. Rename one.")
+        seen.add(name)
+        for member in plan.group.members if plan.group.projects else ():
+            other = projected.setdefault(id(member.variable), name)
+            if other != name:
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well, and a variable "
+                    "can be projected by one group only. Name all members in one group, or give layers that do not "
+                    f"hold each other's weights.{matching.listing(plan.group.members)}"
+                )
+
+
 def _require_start(group: Group, initial: str) -> None:
     """What must hold of the values before a group is made."""
     if group.projects:
         group.require_anchors_agree()
+        _require_inner(group)
     if group.hard and initial == "strict":
         matching.require_equal(group)
+
+
+def _require_inner(group: Group) -> None:
+    """Raises `GroupMismatchError` unless the inner constraint of a projection can be applied to the common value."""
+    inner, first = group.rule.inner, group.members[0]
+    if inner is None:
+        return
+    common = first.pull(backend.read(first.variable))
+    problem = None
+    try:
+        shape = tuple(inner(common).shape)
+    except Exception as error:  # whatever a user's own constraint raises
+        shape, problem = None, error
+    if shape != tuple(common.shape):
+        raise GroupMismatchError(
+            f"Cannot tie group '{group.name}': its rule has the `inner` {received(inner)}, which cannot be applied to "
+            f"the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}. Received: "
+            f"{f'a tensor of shape {shape}' if problem is None else repr(problem)}.{matching.listing(group.members)}"
+        ) from problem
