@@ -114,9 +114,7 @@ def from_file(file, way=hard):
     return state(model), EPOCHS - done
 
 
-@pytest.mark.parametrize(
-    ("way", "step"), [(hard, 2), (exact, None)], ids=["hard, amid an epoch", "exact, after a file"]
-)
+@pytest.mark.parametrize(("way", "step"), [(hard, 2), (exact, None)], ids=["hard, amid an epoch", "exact, after it"])
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(way, step, tmp_path):
     assert in_new_process(train_and_die, tmp_path, way.__name__, step) == -signal.SIGKILL
     expected = unbroken(way), EPOCHS - WHOLE
