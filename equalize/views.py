@@ -146,10 +146,10 @@ class Flip(View):
             raise EqualizeError(f"`axes` must name axes once each. Received: {received(axes)}.")
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
-        return ops.flip(common, self.axes)
+        return _flipped(common, self.axes)
 
     def adjoint(self, w: Tensor) -> Tensor:
-        return ops.flip(w, self.axes)
+        return _flipped(w, self.axes)
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
         inside = all(-len(shape) <= axis < len(shape) for axis in self.axes)
@@ -207,7 +207,7 @@ class Rotate90(View):
     def _turned(self, x: Tensor, k: int) -> Tensor:
         first, second = self.axes
         if k % 4 == 2:
-            return ops.flip(x, (first, second))
+            return _flipped(x, (first, second))
         if k % 4 == 1:
             return ops.swapaxes(ops.flip(x, second), first, second)
         return ops.flip(ops.swapaxes(x, first, second), second) if k % 4 == 3 else x
@@ -370,6 +370,12 @@ class Chain(View):
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.views))})"
+
+
+def _flipped(x: Tensor, axes: Sequence[int]) -> Tensor:
+    for axis in axes:  # one by one, since Keras 3.5 takes no several axes on TensorFlow
+        x = ops.flip(x, axis)
+    return x
 
 
 def _checked_gain(gain: float, problem: str) -> float:
