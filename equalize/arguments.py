@@ -109,7 +109,7 @@ def names(name: str, value: Any) -> list[str]:
     Raises:
         TypeError: Something else is given.
     """
-    listed = [value] if isinstance(value, str) else list(value) if isinstance(value, Collection) else [None]
+    listed: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Collection) else [None]
     if not all(isinstance(each, str) for each in listed):
         raise TypeError(f"`{name}` must be the name of a group, or a list of them. Received: {received(value)}.")
     return listed

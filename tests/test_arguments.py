@@ -73,7 +73,8 @@ class Uncomparable:
     def __bool__(self):
         raise RuntimeError("no")
 
-    __hash__ = None
+    def __hash__(self):
+        raise RuntimeError("no")
 
 
 def itself():
