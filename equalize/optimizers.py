@@ -52,7 +52,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     Raises:
         TypeError: `registry` is no registry, or `name` no string.
-        EqualizeError: `reduction` is unknown, `name` is blank, or `inner_optimizer` is a `TiedOptimizer` or none.
+        EqualizeError: `reduction` or `name` is none that can be, or `inner_optimizer` is a `TiedOptimizer` or none.
         NotLinkedError: Training starts, and no hard group of the registry has a variable that is trained.
         TieBrokenError: Slots are made, and the members of a hard group are not equal.
 
@@ -77,6 +77,10 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         arguments.option("reduction", reduction, _REDUCTIONS)
         if name is not None:
             arguments.text("name", name, "the name of the optimizer, or None")
+            if "/" in name:
+                raise EqualizeError(
+                    f"`name` must not contain '/', which Keras parts names by. Received: {received(name)}."
+                )
         inner_optimizer = _checked_optimizer(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self._scaled_outside = False

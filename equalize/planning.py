@@ -28,7 +28,10 @@ class Plan:
 
     def establish(self, initial: str) -> Group:
         """Binds the members, and makes a hard group equal."""
-        for member, rule, inner in zip(self.group.members, self.rules, self.inner, strict=True):
+        kept = self.inner
+        if not self.group.declared and not self.group.projects:  # a group made since the plan may be on a variable, too
+            kept = binding.inner_for(self.group.name, self.rules[0], self.group.members)
+        for member, rule, inner in zip(self.group.members, self.rules, kept, strict=True):
             if not member.constant:
                 binding.attach(rule, self.group, member, inner)
         if self.group.hard:
@@ -118,11 +121,21 @@ def require_apart(plans: Sequence[Plan]) -> None:
     """
     seen: set[str] = set()
     projected: dict[int, str] = {}
+    pulled: set[int] = set()
     for plan in plans:
         name = plan.group.name
         if name in seen:
             raise GroupMismatchError(f"Two groups have the name '{name}'. Expected: a name for each. Rename one.")
         seen.add(name)
+        if not plan.group.projects:
+            shared = [member for member in plan.group.members if id(member.variable) in pulled]
+            if shared and plan.rules[0].inner is not None and not plan.group.declared:
+                raise GroupMismatchError(
+                    f"Cannot tie '{shared[0].path}' into group '{name}': another group that is made with it has the "
+                    f"variable, and the rule brings {received(plan.rules[0].inner)} as `inner`. Expected: one of the "
+                    f"two.{matching.listing(plan.group.members)}"
+                )
+            pulled |= {id(member.variable) for member in plan.group.members}
         for member in plan.group.members if plan.group.projects else ():
             other = projected.setdefault(id(member.variable), name)
             if other != name:

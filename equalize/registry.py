@@ -88,15 +88,16 @@ class GroupRegistry(Mapping[str, Group]):
             if existing is not None:
                 outgrown.append(existing)
             new.append(planning.plan_declared(name, entries, [*known, *found], initial))
-        planning.require_apart([*restored, *new])
+        plans = [*new, *restored]  # what layers declare goes inside of what was tied on top
+        planning.require_apart(plans)
         for group in outgrown:
             binding.detach(group)
-        for plan in (*restored, *new):
+        for plan in plans:
             self._add(plan.establish(initial))
         self._pending = []
         self._groups.update(adopted)
         self._models.update(models)
-        retracing.retrace(_variables(plan.group for plan in (*restored, *new)))
+        retracing.retrace(_variables(plan.group for plan in plans))
         return self
 
     def tie(self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first") -> Group | list[Group]:
