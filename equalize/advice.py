@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from equalize import backend
+from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.rules import Rule
@@ -47,8 +48,12 @@ def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_si
     """What the data say about each group, the penalties of the groups themselves left out.
 
     Raises:
-        EqualizeError: The model is not compiled, a member is none of its variables, or the data do not fit together.
+        EqualizeError: The model is not compiled, a member is none of its variables, the data do not fit together, or
+            the loss cannot be computed.
+        TypeError: The model is none.
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: {received(model)}.")
     if not getattr(model, "compiled", False):
         raise EqualizeError(f"`advise` needs the loss of '{model.name}'. Call `model.compile(optimizer, loss)` first.")
     _require_members(groups, model)
@@ -100,14 +105,25 @@ def _loss(model: keras.Model, batches: Sequence[Any]) -> float:
 
 def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:
     def loss() -> Any:
-        return model.compute_loss(x=x, y=y, y_pred=model(x, training=False))
+        try:
+            return model.compute_loss(x=x, y=y, y_pred=model(x, training=False))
+        except Exception as error:  # whatever layers, losses and backends raise about data that do not suit them
+            raise EqualizeError(
+                f"`advise` cannot compute the loss of '{model.name}' on these data: expected inputs and targets as for "
+                f"`model.evaluate(x, y)`; received what led to {type(error).__name__}: {error}"
+            ) from error
 
     return loss
 
 
 def _batches(x: Any, y: Any, batch_size: int) -> Iterator[Any]:
     """Pairs of `(x, y)` and the number of their samples."""
-    counts = [len(part) if hasattr(part, "__len__") else 0 for part in keras.tree.flatten((x, y))]
+    try:
+        counts = [_samples(part) for part in keras.tree.flatten((x, y))]
+    except Exception as error:  # a list that holds itself, a shape that is none
+        raise EqualizeError(
+            f"`advise` needs arrays, or structures of them. Received: {received(x)} and {received(y)}."
+        ) from error
     count = counts[0]
     if count == 0 or any(other != count for other in counts):
         raise EqualizeError(
@@ -119,6 +135,12 @@ def _batches(x: Any, y: Any, batch_size: int) -> Iterator[Any]:
             lambda part, start=start: ops.convert_to_tensor(part[start : start + batch_size]), (x, y)
         )
         yield batch, min(batch_size, count - start)
+
+
+def _samples(part: Any) -> int:
+    """How many samples an array holds; 0 for what is none."""
+    shape = tuple(getattr(part, "shape", ()))
+    return shape[0] if shape and isinstance(shape[0], int) else 0
 
 
 def _require_members(groups: Sequence[Group], model: keras.Model) -> None:

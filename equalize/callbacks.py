@@ -8,7 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import retracing, rules
+from equalize import arguments, retracing
+from equalize.arguments import received
 from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.groups import Group
@@ -71,8 +72,8 @@ class TieMonitor(keras.callbacks.Callback):
         super().__init__()
         self.registry = checked_registry(registry)
         if not isinstance(repair, bool):
-            raise TypeError(f"`repair` must be True or False. Received: {repair!r} of type {type(repair)}.")
-        self.atol = rules.checked_number("atol", atol, low=0.0, high=float("inf"), low_open=False)
+            raise TypeError(f"`repair` must be True or False. Received: {received(repair)}.")
+        self.atol = arguments.number("atol", atol, low=0.0)
         self.repair = repair
         self.broken: dict[str, float] = {}
         registry.monitors.add(self)
@@ -181,12 +182,10 @@ class FactorSchedule(keras.callbacks.Callback):
     def __init__(self, registry: GroupRegistry, names: str | Sequence[str], schedule: Callable[[int], Any]):
         super().__init__()
         self.registry = checked_registry(registry)
-        self.names = [names] if isinstance(names, str) else list(names)
-        if not self.names or not all(isinstance(name, str) for name in self.names):
-            raise TypeError(f"`names` must be the name of a group, or a list of them. Received: {names!r}.")
-        if not callable(schedule):
-            raise TypeError(f"`schedule` must be a function of the epoch. Received: {schedule!r}.")
-        self.schedule = schedule
+        self.names = arguments.names("names", names)
+        if not self.names:
+            raise TypeError(f"`names` must be the name of a group, or a list of them. Received: {received(names)}.")
+        self.schedule = arguments.function("schedule", schedule, "of the epoch")
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         groups = self._groups()

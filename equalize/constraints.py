@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from equalize import backend, rules, symmetry
+from equalize import arguments, backend, rules, symmetry
+from equalize.arguments import received
 from equalize.errors import EqualizeError
 from equalize.projections import Tensor
 from equalize.views import View
@@ -70,14 +71,9 @@ class Equal(rules.Rule, keras.constraints.Constraint):
     ):
         self.group = rules.checked_group(group)
         self.rate = self.checked_strength(rate)
-        self.weight = rules.checked_number("weight", weight, low=0.0, high=float("inf"), low_open=True)
+        self.weight = arguments.number("weight", weight, low=0.0, low_open=True)
         self.view = rules.checked_view(view)
-        self.inner = rules.checked_inner(keras.constraints.get, inner, "constraint")
-        if isinstance(self.inner, Equal):
-            raise EqualizeError(
-                f"`inner` must not tie: a variable belongs to one hard group. Received: {self.inner!r} inside "
-                f"group {group!r}. Give all members one group name."
-            )
+        self.inner = rules.checked_inner(keras.constraints.get, inner, keras.constraints.Constraint)
 
     @property
     def hard(self) -> bool:
@@ -85,7 +81,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         return self.rate == 1.0
 
     def checked_strength(self, strength: Any) -> float:
-        return rules.checked_number("rate", strength, low=0.0, high=1.0, low_open=True)
+        return arguments.number("rate", strength, low=0.0, high=1.0, low_open=True)
 
     def __call__(self, w: Tensor) -> Tensor:
         group, member = self._require_binding(f"on '{getattr(w, 'path', 'a tensor')}'")
@@ -140,12 +136,14 @@ class Invariant(keras.constraints.Constraint):
 
     def __init__(self, views: Sequence[View], *, inner: Any = None):
         if not isinstance(views, (list, tuple)):
-            raise TypeError(f"`views` must be a list of views. Received: {views!r} of type {type(views)}.")
+            raise TypeError(f"`views` must be a list of views. Received: {received(views)}.")
+        if not views:
+            raise EqualizeError(f"`views` must hold at least one view. Received: {received(views)}.")
+        if any(view is None for view in views):
+            raise TypeError(f"`views` must hold views and nothing else. Received: {received(views)}.")
         checked = [rules.checked_view(view) for view in views]
         self.views = tuple(view for view in checked if view is not None)
-        if not self.views:
-            raise EqualizeError(f"`views` must hold at least one view. Received: {views!r}.")
-        self.inner = rules.checked_inner(keras.constraints.get, inner, "constraint")
+        self.inner = rules.checked_inner(keras.constraints.get, inner, keras.constraints.Constraint)
 
     def __call__(self, w: Tensor) -> Tensor:
         value = symmetry.average(self.views, backend.tensor(w))

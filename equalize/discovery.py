@@ -7,7 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import backend, matching, pairing
+from equalize import arguments, backend, matching, pairing
+from equalize.arguments import received
 from equalize.binding import rules_on
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.groups import Group
@@ -86,14 +87,11 @@ def existing_group(name: str, entries: Entries, known: Group | None) -> Group | 
 
 def require_rule(name: str, rule: Any) -> None:
     """Raises unless `rule` can tie the group `name`."""
-    if not isinstance(name, str):
-        raise TypeError(f"`name` must be a string, the name of the group. Received: {name!r} of type {type(name)}.")
-    if not name.strip():
-        raise EqualizeError(f"`name` must not be empty. Expected the name of the group. Received: {name!r}.")
+    arguments.text("name", name, "the name of the group")
     if not isinstance(rule, Rule):
         raise TypeError(
             "`rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()` or "
-            f"`equalize.regularizers.MeanL2(factor=0.01)`. Received: {rule!r} of type {type(rule)}."
+            f"`equalize.regularizers.MeanL2(factor=0.01)`. Received: {received(rule)}."
         )
     if rule.group not in (None, name):
         raise EqualizeError(
@@ -110,8 +108,7 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
     """
     if not isinstance(members, (list, tuple)):
         raise TypeError(
-            f"`members` of '{name}' must be a list of variables, arrays or layers. Received: {members!r} of type "
-            f"{type(members)}."
+            f"`members` of '{name}' must be a list of variables, arrays or layers. Received: {received(members)}."
         )
     layers = [member for member in members if isinstance(member, keras.Layer)]
     if layers and len(layers) == len(members):
@@ -140,7 +137,7 @@ def _member(name: str, member: Any, dtype: str | None) -> Member:
         if len(member) != 2 or not isinstance(member[1], View):
             raise TypeError(
                 f"Cannot tie a member into group '{name}': expected a variable or a pair of a variable and a view, "
-                f"for instance `(layer.kernel, equalize.views.Transpose())`; received {member!r}."
+                f"for instance `(layer.kernel, equalize.views.Transpose())`; received {received(member)}."
             )
         member, view = member
     if backend.is_variable(member):
@@ -149,10 +146,25 @@ def _member(name: str, member: Any, dtype: str | None) -> Member:
     if native or not (isinstance(member, np.ndarray) or ops.is_tensor(member)):
         raise TypeError(
             f"Cannot tie a member into group '{name}': expected a `keras.Variable` (for instance `layer.kernel`), a "
-            f"built layer, or an array; received {member!r} of type {type(member)}.{_of_keras_2(member)}"
+            f"built layer, or an array; received {received(member)}.{_of_keras_2(member)}"
         )
-    constant = keras.Variable(ops.convert_to_numpy(member), dtype=dtype, trainable=False, name="constant")
-    return Member(constant, view=view, constant=True)
+    return Member(_constant(name, member, dtype), view=view, constant=True)
+
+
+def _constant(name: str, array: Any, dtype: str | None) -> keras.Variable:
+    """A variable for an array that was given, in the dtype of the members that are variables."""
+    try:
+        values = ops.convert_to_numpy(array)
+        given = keras.backend.standardize_dtype(values.dtype)
+    except Exception as error:  # what Keras and the backends raise about an array of something else than numbers
+        values, given, problem = None, "bool", error
+    else:
+        problem = None
+    if not (keras.backend.is_float_dtype(given) or keras.backend.is_int_dtype(given)):
+        raise TypeError(
+            f"Cannot tie an array into group '{name}': expected real numbers; received {received(array)}."
+        ) from problem
+    return keras.Variable(values, dtype=dtype, trainable=False, name="constant")
 
 
 def weights_of(model: Any) -> list[keras.Variable]:
@@ -164,7 +176,7 @@ def weights_of(model: Any) -> list[keras.Variable]:
     """
     if not isinstance(model, keras.Layer):
         raise TypeError(
-            f"`link` expects Keras models or layers. Received: {model!r} of type {type(model)}. Variables are tied "
+            f"`link` expects Keras models or layers. Received: {received(model)}. Variables are tied "
             f"with `tie(name, [variable_1, variable_2], rule)`.{_of_keras_2(model)}"
         )
     unbuilt = [layer for layer in model._flatten_layers() if not layer.built and _carries_rule(layer)]

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from equalize import backend, freshness, projections
+from equalize import arguments, backend, freshness, projections
+from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.evaluation import Evaluation
 from equalize.members import Member
 from equalize.projections import Tensor
+from equalize.rules import Rule
 
 _mean = backend.fused(projections.mean)
 
@@ -25,10 +27,18 @@ class Group:
     Attributes:
         name: The group's name.
         declared: Whether layers carry the rule in their configs, so that `link` finds it again in a copy of the model.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        EqualizeError: The name is blank.
     """
 
     def __init__(self, name: str, members: Sequence[Member], rule: Any, *, declared: bool = False):
-        self.name = name
+        self.name = arguments.text("name", name, "the name of the group")
+        if not isinstance(members, (list, tuple)) or not all(isinstance(member, Member) for member in members):
+            raise TypeError(f"`members` must be a list of `equalize.Member`s. Received: {received(members)}.")
+        if not isinstance(rule, Rule):
+            raise TypeError(f"`rule` must be a rule of equalize. Received: {received(rule)}.")
         self._rule = rule
         self.declared = declared
         self._members = tuple(members)

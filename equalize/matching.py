@@ -1,6 +1,7 @@
 """Whether the members of a group fit together, checked before anything is changed."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 import keras
@@ -38,6 +39,7 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
                 f"received {_written(rule)} from '{member.path}'. Give all members the same rule, or another "
                 f"group name.{listing(members)}"
             )
+    _require_weights(name, members)
     count = member_rules[0].count
     if count not in (None, len(members)):
         raise GroupMismatchError(
@@ -117,6 +119,16 @@ def _require_distinct(name: str, members: Sequence[Member]) -> None:
                 f"variable in two layers is equal to itself without a tie.{listing(members)}"
             )
         seen.add(id(member.variable))
+
+
+def _require_weights(name: str, members: Sequence[Member]) -> None:
+    """Raises unless the weights, each times the square of what its view stretches by, make a mean in float64."""
+    weights = [member.weight * member.gain**2 for member in members]
+    if not math.isfinite(sum(weights)) or min(weights) == 0.0:
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': expected weights of the members whose mean can be computed; received "
+            f"{[member.weight for member in members]}. Give weights nearer to 1.{listing(members)}"
+        )
 
 
 def _require_view_fits(name: str, member: Member) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from equalize import backend
+from equalize import arguments, backend
+from equalize.arguments import received
 from equalize.errors import EqualizeError
 from equalize.projections import Tensor
 from equalize.views import View
@@ -22,17 +23,25 @@ class Member:
         path: Where the variable lives, as `variable.path` gives it.
         view: How the member shows the group's common value; None for "as it is".
         weight: The member's weight in the mean.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        EqualizeError: The weight is not positive, or not finite.
     """
 
     def __init__(
         self, variable: keras.Variable, *, view: View | None = None, weight: float = 1.0, constant: bool = False
     ):
+        if not backend.is_variable(variable):
+            raise TypeError(f"`variable` must be a `keras.Variable`. Received: {received(variable)}.")
+        if view is not None and not isinstance(view, View):
+            raise TypeError(f"`view` must be a view of `equalize.views`, or None. Received: {received(view)}.")
         self._variable = weakref.ref(variable)
         self._constant = variable if constant else None
         self._sighting: _Sighting | None = None
         self.path: str = "constant" if constant else variable.path
         self.view = view
-        self.weight = weight
+        self.weight = arguments.number("weight", weight, low=0.0, low_open=True)
 
     @property
     def variable(self) -> keras.Variable:

@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from equalize import binding, leading, matching
+from equalize import arguments, binding, configs, leading, matching
+from equalize.arguments import received
 from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.groups import Group
@@ -14,6 +15,7 @@ from equalize.projections import Tensor
 from equalize.registry import GroupRegistry, checked_registry
 
 _REDUCTIONS = ("sum", "mean")
+_KEYS = {"name", "inner_optimizer", "registry", "reduction", "handed"}
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -49,8 +51,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         name: Name of the optimizer.
 
     Raises:
-        TypeError: `registry` is no registry.
-        EqualizeError: `reduction` is unknown, or `inner_optimizer` is a `TiedOptimizer` or no optimizer.
+        TypeError: `registry` is no registry, or `name` no string.
+        EqualizeError: `reduction` or `name` is none that can be, or `inner_optimizer` is a `TiedOptimizer` or none.
         NotLinkedError: Training starts, and no hard group of the registry has a variable that is trained.
         TieBrokenError: Slots are made, and the members of a hard group are not equal.
 
@@ -72,15 +74,21 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, inner_optimizer: Any, registry: GroupRegistry, *, reduction: str = "sum", name: Any = None):
         checked_registry(registry)
-        if reduction not in _REDUCTIONS:
-            raise EqualizeError(f"`reduction` must be one of {list(_REDUCTIONS)}. Received: {reduction!r}.")
+        arguments.option("reduction", reduction, _REDUCTIONS)
+        if name is not None:
+            arguments.text("name", name, "the name of the optimizer, or None")
+            if "/" in name:
+                raise EqualizeError(
+                    f"`name` must not contain '/', which Keras parts names by. Received: {received(name)}."
+                )
+        inner_optimizer = _checked_optimizer(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self._scaled_outside = False
         self._handed: tuple[int, ...] | None = None
         self._known: frozenset[int] | None = None
         self.registry = registry
         self.reduction = reduction
-        self.inner_optimizer = _checked_optimizer(inner_optimizer)
+        self.inner_optimizer = inner_optimizer
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the slots: for one member of each group, and for every variable that is not tied.
@@ -92,7 +100,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             NotLinkedError: No hard group of the registry has a member among the variables.
             TieBrokenError: The members of a hard group are not equal.
         """
-        variables = list(variables)
+        variables = arguments.variables("variables", variables)
         if self.built or not variables:  # Keras reads HDF5 files before it knows the variables
             return
         leads = self._leads(variables)
@@ -132,8 +140,12 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         if trainable_variables is None:
             indices = range(len(self._trainable_variables))
         else:
-            self._check_variables_are_known(trainable_variables)
-            indices = [self._get_variable_index(variable) for variable in trainable_variables]
+            indices = self._indices(arguments.variables("trainable_variables", trainable_variables))
+        if len(indices) != len(grads):
+            raise EqualizeError(
+                f"`apply` needs a gradient, or None, for each variable. Received: {len(grads)} gradients for "
+                f"{len(indices)} variables."
+            )
         leads = self._leads_as_built()
         reduced = self._reduced(leads, dict(zip(indices, grads, strict=True)))
         with leading.leading(leads):
@@ -141,6 +153,17 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             self.inner_optimizer.apply(list(reduced.values()), variables)
         for lead in leads:
             lead.follow()
+
+    def _indices(self, variables: Sequence[Any]) -> list[int]:
+        """The places of variables among those that the optimizer was built with."""
+        try:
+            self._check_variables_are_known(variables)
+            return [self._get_variable_index(variable) for variable in variables]
+        except Exception as error:  # what Keras raises about a variable that it does not know, or about none
+            raise EqualizeError(
+                "`apply` was given what the optimizer was not built with. Expected: variables of the model that it "
+                f"trains. Received: {received(variables)}. Build it with all of them, or make a new TiedOptimizer."
+            ) from error
 
     def stateless_apply(
         self,
@@ -243,15 +266,20 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         """The optimizer of a config, with a registry that is not linked.
 
         `handed` says which of the trained variables had slots, since Keras makes those before the ties are linked.
+
+        Raises:
+            EqualizeError: The config is damaged, or has an optimizer of a class that Keras does not know.
         """
-        config = dict(config)
-        handed = config.pop("handed", None)
-        if handed is not None and not (isinstance(handed, (list, tuple)) and all(type(i) is int for i in handed)):
-            raise EqualizeError(f"`handed` must be a list of indices, or None. Received: {handed!r}.")
-        for key in ("inner_optimizer", "registry"):
-            config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
-        optimizer = cls(**config)
-        optimizer._handed = None if handed is None else tuple(handed)
+        if not isinstance(config, dict) or not {"inner_optimizer", "registry"} <= set(config) <= _KEYS:
+            raise EqualizeError(
+                f"Expected the config of a TiedOptimizer, with {sorted(_KEYS)}. Received: {received(config)}."
+            )
+        handed = _checked_indices(config.get("handed"))
+        given = {key: value for key, value in config.items() if key != "handed"}
+        with keras.saving.custom_object_scope(custom_objects or {}):
+            given["registry"] = configs.restored(config["registry"], GroupRegistry, "a registry")
+            optimizer = cls(**given)
+        optimizer._handed = handed
         return optimizer
 
     def _leads(self, variables: Sequence[keras.Variable]) -> list[Lead]:
@@ -303,17 +331,31 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
 
 def _checked_optimizer(optimizer: Any) -> Any:
+    kind, get, problem = keras.optimizers.Optimizer, keras.optimizers.get, None
     try:
-        found = keras.optimizers.get(optimizer)
-    except (ValueError, TypeError, AttributeError):
-        found = None
-    if found is None:
-        raise EqualizeError(
-            f"`inner_optimizer` must be a Keras optimizer, its name or its config. Received: {optimizer!r}."
+        found = (
+            configs.restored(optimizer, kind, "an optimizer", get) if isinstance(optimizer, dict) else get(optimizer)
         )
+    except Exception as error:  # whatever Keras raises about a name or a config that it does not know
+        found, problem = None, error
+    if not isinstance(found, kind):
+        raise EqualizeError(
+            "`inner_optimizer` must be a Keras optimizer, its name or its config (of a class that is registered with "
+            f"`keras.saving.register_keras_serializable`). Received: {received(optimizer)}."
+        ) from problem
     if isinstance(found, TiedOptimizer):
         raise EqualizeError(
-            f"`inner_optimizer` must not be a TiedOptimizer itself. Received: {found!r}. Give one of them a registry "
-            "with all groups."
+            f"`inner_optimizer` must not be a TiedOptimizer itself. Received: {received(found)}. Give one of them a "
+            "registry with all groups."
         )
     return found
+
+
+def _checked_indices(handed: Any) -> tuple[int, ...] | None:
+    """Which of the trained variables had slots, as a config says it: in ascending order, each once."""
+    if handed is None:
+        return None
+    whole = isinstance(handed, (list, tuple)) and all(type(i) is int and i >= 0 for i in handed)
+    if not whole or list(handed) != sorted(set(handed)):
+        raise EqualizeError(f"`handed` must be a list of indices, ascending, or None. Received: {received(handed)}.")
+    return tuple(handed)

@@ -1,5 +1,6 @@
 """Ties as plain data: what a registry writes into its config, and how the members are found again."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import rules
+from equalize import arguments, configs, discovery, rules
+from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -34,13 +36,14 @@ def group_config(group: Group) -> dict[str, Any]:
 
 
 def checked_config(config: Any) -> list[dict[str, Any]]:
-    """The groups of a registry's config, checked to be what `group_config` writes.
+    """The groups of a registry's config, checked to be what `group_config` writes, as a copy.
 
     Raises:
         EqualizeError: The config is truncated, or has been changed into something else.
     """
     if not isinstance(config, dict) or set(config) != {"groups"} or not isinstance(config["groups"], list):
         raise _damaged("a dictionary with one entry 'groups', a list", config)
+    seen: set[str] = set()
     for entry in config["groups"]:
         if not isinstance(entry, dict) or set(entry) != _GROUP_KEYS or not isinstance(entry["name"], str):
             raise _damaged(f"groups with the entries {sorted(_GROUP_KEYS)}", entry)
@@ -53,24 +56,24 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
             )
             if not whole or not isinstance(member.get("path", ""), str):
                 raise _damaged(f"members with a path or a constant, a view and a weight in '{entry['name']}'", member)
-        rule_of(entry)
-        for member in entry["members"]:
-            _view_of(entry["name"], member)
-    return config["groups"]
+        if entry["name"] in seen:
+            raise _damaged("a name for each group", entry["name"])
+        seen.add(entry["name"])
+        try:
+            discovery.require_rule(entry["name"], rule_of(entry))
+            for member in entry["members"]:
+                _weight_of(member)
+                rules.checked_view(member["view"])
+                if "constant" in member:
+                    _array_of(member["constant"])
+        except (EqualizeError, TypeError) as error:
+            raise _damaged(f"sound data in group '{entry['name']}'", entry, str(error)) from error
+    return copy.deepcopy(config["groups"])
 
 
 def rule_of(entry: dict[str, Any]) -> Rule:
-    """The rule of a group's config. Only rules of equalize are made, so that data stays data."""
-    registered = entry["rule"].get("registered_name") if isinstance(entry["rule"], dict) else None
-    if not isinstance(registered, str) or not registered.startswith("equalize>"):
-        raise _damaged(f"a rule of equalize for group '{entry['name']}'", entry["rule"])
-    try:
-        rule = keras.saving.deserialize_keras_object(entry["rule"])
-    except Exception as error:  # whatever Keras raises about a config that is not one
-        raise _damaged(f"the config of a rule for group '{entry['name']}'", entry["rule"]) from error
-    if not isinstance(rule, Rule):
-        raise _damaged(f"a rule of equalize for group '{entry['name']}'", entry["rule"])
-    return rule
+    """The rule of a group's config."""
+    return configs.restored(entry["rule"], Rule, "a rule of equalize")
 
 
 def members_of(entry: dict[str, Any], weights: Iterable[keras.Variable]) -> list[Member]:
@@ -85,12 +88,14 @@ def members_of(entry: dict[str, Any], weights: Iterable[keras.Variable]) -> list
             by_path.setdefault(weight.path, []).append(weight)
     members = []
     for member in entry["members"]:
-        view = _view_of(entry["name"], member)
-        if "constant" in member:
-            members.append(Member(_constant_of(entry["name"], member["constant"]), view=view, constant=True))
-        else:
-            members.append(Member(_found(entry["name"], member["path"], by_path), view=view))
-        members[-1].weight = rules.checked_number("weight", member["weight"], low=0.0, high=float("inf"), low_open=True)
+        constant = "constant" in member
+        variable = (
+            keras.Variable(**_array_of(member["constant"]), trainable=False, name="constant")
+            if constant
+            else _found(entry["name"], member["path"], by_path)
+        )
+        view, weight = rules.checked_view(member["view"]), _weight_of(member)
+        members.append(Member(variable, view=view, weight=weight, constant=constant))
     return members
 
 
@@ -106,28 +111,25 @@ def _found(name: str, path: str, by_path: dict[str, list[keras.Variable]]) -> ke
     )
 
 
-def _constant_of(name: str, constant: Any) -> keras.Variable:
+def _array_of(constant: Any) -> dict[str, Any]:
+    """The value and the dtype of a constant."""
     try:
-        values = np.asarray(constant["values"], dtype="float64")
-        return keras.Variable(values, dtype=constant["dtype"], trainable=False, name="constant")
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(f"a constant of group '{name}' with values and a dtype", constant) from error
+        dtype = keras.backend.standardize_dtype(constant["dtype"])
+        array = np.asarray(constant["values"], dtype="float64")
+    except Exception as error:  # whatever NumPy and Keras raise about values and names that are none
+        raise EqualizeError(
+            f"Expected a constant with values, a list of numbers, and a dtype. Received: {received(constant)}."
+        ) from error
+    return {"initializer": array, "dtype": dtype}
 
 
-def _view_of(name: str, member: dict[str, Any]) -> Any:
-    view = member["view"]
-    registered = view.get("registered_name") if isinstance(view, dict) else "equalize>"
-    if not isinstance(registered, str) or not registered.startswith("equalize>"):
-        raise _damaged(f"a view of equalize in group '{name}'", view)
-    try:
-        return rules.checked_view(view)
-    except Exception as error:  # whatever Keras raises about a config that is not one
-        raise _damaged(f"the config of a view in group '{name}'", view) from error
+def _weight_of(member: dict[str, Any]) -> float:
+    return arguments.number("weight", member["weight"], low=0.0, low_open=True)
 
 
-def _damaged(expected: str, received: Any) -> EqualizeError:
+def _damaged(expected: str, value: Any, problem: str = "") -> EqualizeError:
     return EqualizeError(
-        f"This is no config of a registry: expected {expected}; received {_some([repr(received)])}. "
+        f"This is no config of a registry: expected {expected}; received {received(value)}. {problem}\n"
         "Use what `registry.get_config()` returned, unchanged."
     )
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from equalize import binding, discovery, matching, persistence, retracing
+from equalize import backend, binding, discovery, matching, persistence, retracing
+from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -27,7 +28,10 @@ class Plan:
 
     def establish(self, initial: str) -> Group:
         """Binds the members, and makes a hard group equal."""
-        for member, rule, inner in zip(self.group.members, self.rules, self.inner, strict=True):
+        kept = self.inner
+        if not self.group.declared and not self.group.projects:  # a group made since the plan may be on a variable, too
+            kept = binding.inner_for(self.group.name, self.rules[0], self.group.members)
+        for member, rule, inner in zip(self.group.members, self.rules, kept, strict=True):
             if not member.constant:
                 binding.attach(rule, self.group, member, inner)
         if self.group.hard:
@@ -109,9 +113,62 @@ def restore(
     ]
 
 
+def require_apart(plans: Sequence[Plan]) -> None:
+    """Raises where two groups that are made at once get in each other's way: each was checked against older ones only.
+
+    Raises:
+        GroupMismatchError: Two have one name, or project one variable.
+    """
+    seen: set[str] = set()
+    projected: dict[int, str] = {}
+    pulled: set[int] = set()
+    for plan in plans:
+        name = plan.group.name
+        if name in seen:
+            raise GroupMismatchError(f"Two groups have the name '{name}'. Expected: a name for each. Rename one.")
+        seen.add(name)
+        if not plan.group.projects:
+            shared = [member for member in plan.group.members if id(member.variable) in pulled]
+            if shared and plan.rules[0].inner is not None and not plan.group.declared:
+                raise GroupMismatchError(
+                    f"Cannot tie '{shared[0].path}' into group '{name}': another group that is made with it has the "
+                    f"variable, and the rule brings {received(plan.rules[0].inner)} as `inner`. Expected: one of the "
+                    f"two.{matching.listing(plan.group.members)}"
+                )
+            pulled |= {id(member.variable) for member in plan.group.members}
+        for member in plan.group.members if plan.group.projects else ():
+            other = projected.setdefault(id(member.variable), name)
+            if other != name:
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well, and a variable "
+                    "can be projected by one group only. Name all members in one group, or give layers that do not "
+                    f"hold each other's weights.{matching.listing(plan.group.members)}"
+                )
+
+
 def _require_start(group: Group, initial: str) -> None:
     """What must hold of the values before a group is made."""
     if group.projects:
         group.require_anchors_agree()
+        _require_inner(group)
     if group.hard and initial == "strict":
         matching.require_equal(group)
+
+
+def _require_inner(group: Group) -> None:
+    """Raises `GroupMismatchError` unless the inner constraint of a projection can be applied to the common value."""
+    inner, first = group.rule.inner, group.members[0]
+    if inner is None:
+        return
+    common = first.pull(backend.read(first.variable))
+    problem = None
+    try:
+        shape = tuple(inner(common).shape)
+    except Exception as error:  # whatever a user's own constraint raises
+        shape, problem = None, error
+    if shape != tuple(common.shape):
+        raise GroupMismatchError(
+            f"Cannot tie group '{group.name}': its rule has the `inner` {received(inner)}, which cannot be applied to "
+            f"the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}. Received: "
+            f"{f'a tensor of shape {shape}' if problem is None else repr(problem)}.{matching.listing(group.members)}"
+        ) from problem

@@ -1,13 +1,15 @@
 """The registry: the groups of a model by name, and everything one does with them."""
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 
-from equalize import binding, discovery, persistence, planning, reporting, retracing
+from equalize import arguments, binding, discovery, persistence, planning, reporting, retracing
 from equalize.advice import Advice, advise
+from equalize.arguments import received
 from equalize.diagnosis import Finding, findings
 from equalize.errors import EqualizeError, TieBrokenError
 from equalize.groups import Group
@@ -71,7 +73,7 @@ class GroupRegistry(Mapping[str, Group]):
                 groups; a group of this name belongs to another model; two frozen members differ.
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
         """
-        _require_option("initial", initial, _INITIAL)
+        arguments.option("initial", initial, _INITIAL)
         restored = planning.restore(self, self._pending, models, initial)
         found = discovery.find_groups(models, ruleless=bool(restored))
         known = dict(self)
@@ -86,14 +88,16 @@ class GroupRegistry(Mapping[str, Group]):
             if existing is not None:
                 outgrown.append(existing)
             new.append(planning.plan_declared(name, entries, [*known, *found], initial))
+        plans = [*new, *restored]  # what layers declare goes inside of what was tied on top
+        planning.require_apart(plans)
         for group in outgrown:
             binding.detach(group)
-        for plan in (*restored, *new):
+        for plan in plans:
             self._add(plan.establish(initial))
         self._pending = []
         self._groups.update(adopted)
         self._models.update(models)
-        retracing.retrace(_variables(plan.group for plan in (*restored, *new)))
+        retracing.retrace(_variables(plan.group for plan in plans))
         return self
 
     def tie(self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first") -> Group | list[Group]:
@@ -119,7 +123,7 @@ class GroupRegistry(Mapping[str, Group]):
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
             TypeError: A member is neither a variable, a layer nor an array, or the rule is no rule.
         """
-        _require_option("initial", initial, _INITIAL)
+        arguments.option("initial", initial, _INITIAL)
         discovery.require_rule(name, rule)
         by_group, layers = discovery.members_of(name, members)
         planned = []
@@ -128,6 +132,7 @@ class GroupRegistry(Mapping[str, Group]):
                 member.weight = rule.weight
                 member.view = member.view or rule.view
             planned.append(planning.plan(self, group_name, group_members, rule, initial))
+        planning.require_apart(planned)
         groups = [self._add(plan.establish(initial)) for plan in planned]
         retracing.retrace(_variables(groups))
         return groups if layers else groups[0]
@@ -150,7 +155,7 @@ class GroupRegistry(Mapping[str, Group]):
             method: `"first"` (the value of the first member) or `"mean"`. Members that do not move prevail.
             *names: Names of groups, or of ties of layers.
         """
-        _require_option("method", method, ("first", "mean"))
+        arguments.option("method", method, ("first", "mean"))
         groups = self.select(names)
         for group in groups:
             group.require_anchors_agree()
@@ -196,7 +201,17 @@ class GroupRegistry(Mapping[str, Group]):
         return {name: group.spread() for name, group in self.items()}
 
     def check(self, atol: float = 0.0) -> None:
-        """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`."""
+        """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`.
+
+        Args:
+            atol: The largest spread that counts as equal. 0.0 asks for equal bits.
+
+        Raises:
+            TieBrokenError: The members of a hard group are further apart.
+            EqualizeError: `atol` is negative or not finite.
+            TypeError: `atol` is no number.
+        """
+        atol = arguments.number("atol", atol, low=0.0)
         broken = {name: s for name, s in self.spread().items() if self[name].hard and not s <= atol}
         if broken:
             lines = "".join(
@@ -216,6 +231,7 @@ class GroupRegistry(Mapping[str, Group]):
         Args:
             print_fn: Called with the table as text; by default it is printed, in color where the terminal has it.
         """
+        _require_printer(print_fn)
         reporting.print_summary(list(self.values()), len(self.diagnose()), print_fn)
 
     def diagnose(self) -> list[Finding]:
@@ -263,15 +279,24 @@ class GroupRegistry(Mapping[str, Group]):
             An `equalize.advice.Advice` for each group, by name.
 
         Raises:
-            EqualizeError: The model is not compiled or lacks a member, or inputs and targets do not hold the same
-                number of samples, at least one.
+            EqualizeError: The model is not compiled or lacks a member, inputs and targets do not hold the same number
+                of samples, at least one, the model cannot compute its loss of them, or `batch_size` is below 1.
+            TypeError: An argument is of the wrong type.
         """
-        advice = advise(self.select(names), model, x, y, batch_size)
+        _require_printer(print_fn)
+        groups = self.select(arguments.names("names", names))
+        advice = advise(groups, model, x, y, arguments.integer("batch_size", batch_size, low=1))
         reporting.print_advice(advice, print_fn)
         return {each.group: each for each in advice}
 
     def select(self, names: Sequence[str]) -> list[Group]:
-        """The groups of these names, or those of a tie of layers that has the name; all without a name."""
+        """The groups of these names, or those of a tie of layers that has the name; all without a name.
+
+        Raises:
+            EqualizeError: There is no such group.
+            TypeError: A name is no string.
+        """
+        names = arguments.names("names", names)
         selected = {} if names else dict(self)
         for name in names:
             below = {key: group for key, group in self.items() if key.startswith(f"{name}/")}
@@ -287,17 +312,17 @@ class GroupRegistry(Mapping[str, Group]):
         Ties that layers carry in their own configs are not repeated here.
         """
         made = [persistence.group_config(group) for group in self.values() if not group.declared]
-        return {"groups": made + self._pending}
+        return {"groups": made + copy.deepcopy(self._pending)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GroupRegistry":
         """A registry with the ties of a config, which `link(model)` makes for a model with the same paths.
 
         Raises:
-            EqualizeError: The config is damaged.
+            EqualizeError: The config is truncated, or was changed into something else.
         """
         registry = cls()
-        registry._pending = list(persistence.checked_config(config))
+        registry._pending = persistence.checked_config(config)
         return registry
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -333,9 +358,7 @@ class GroupRegistry(Mapping[str, Group]):
 def checked_registry(registry: Any) -> GroupRegistry:
     """The argument `registry` of callbacks and optimizers."""
     if not isinstance(registry, GroupRegistry):
-        raise TypeError(
-            f"`registry` must be an `equalize.GroupRegistry`. Received: {registry!r} of type {type(registry)}."
-        )
+        raise TypeError(f"`registry` must be an `equalize.GroupRegistry`. Received: {received(registry)}.")
     return registry
 
 
@@ -343,6 +366,6 @@ def _variables(groups: Iterable[Group]) -> list[keras.Variable]:
     return [member.variable for group in groups for member in group.members]
 
 
-def _require_option(name: str, value: Any, options: Sequence[str]) -> None:
-    if value not in options:
-        raise EqualizeError(f"`{name}` must be one of {list(options)}. Received: {value!r}.")
+def _require_printer(print_fn: Any) -> None:
+    if print_fn is not None:
+        arguments.function("print_fn", print_fn, "of a text, or None")

@@ -1,14 +1,14 @@
 """What constraints and regularizers that tie have in common: a group's name, and the binding to a member."""
 
 import copy
-import math
-import numbers
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 
-from equalize import backend
+from equalize import arguments, backend, configs
+from equalize.arguments import received
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.views import View
 
@@ -141,32 +141,16 @@ class Rule:
 
 def checked_group(group: Any) -> str | None:
     """The argument `group` of a rule: a name, or None where `tie` will give it."""
-    if group is not None and not isinstance(group, str):
-        raise TypeError(f"`group` must be a string, the name of a group. Received: {group!r} of type {type(group)}.")
-    if group is not None and not group.strip():
-        raise EqualizeError(f"`group` must not be empty. Expected the name of a group. Received: {group!r}.")
-    return group
-
-
-def checked_number(name: str, value: Any, *, low: float, high: float, low_open: bool) -> float:
-    """A real number argument of a rule within its range."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number. Received: {value!r} of type {type(value)}.")
-    number = float(value)
-    if not math.isfinite(number) or number > high or number < low or (low_open and number == low):
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
-        raise EqualizeError(f"`{name}` must be a finite number in {interval}. Received: {value!r}.")
-    return number
+    return None if group is None else arguments.text("group", group, "the name of a group")
 
 
 def checked_view(view: Any) -> View | None:
     """The argument `view` of a rule, from an object or a config."""
     if isinstance(view, dict):
-        view = keras.saving.deserialize_keras_object(view)
+        return configs.restored(view, View, "a view")
     if view is not None and not isinstance(view, View):
         raise TypeError(
-            f"`view` must be a view of `equalize.views`, for instance `Transpose()`. Received: {view!r} of type "
-            f"{type(view)}."
+            f"`view` must be a view of `equalize.views`, for instance `Transpose()`. Received: {received(view)}."
         )
     return view
 
@@ -176,9 +160,18 @@ def view_config(view: View | None) -> dict[str, Any] | None:
     return None if view is None else keras.saving.serialize_keras_object(view)
 
 
-def checked_inner(get: Any, inner: Any, kind: str) -> Any:
-    """The argument `inner` of a rule, from an object, a config or a name."""
+def checked_inner(get: Any, inner: Any, kind: type) -> Any:
+    """The argument `inner` of a rule, from an object, a config or a name; a function will do, as it does for Keras."""
+    what = f"a Keras {kind.__name__.lower()}"
     try:
-        return get(inner)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise EqualizeError(f"`inner` must be a Keras {kind}, its config or its name. Received: {inner!r}.") from error
+        found = configs.restored(inner, kind, what, get) if isinstance(inner, dict) else get(inner)
+    except Exception as error:  # whatever Keras raises about a name or a config that it does not know
+        raise EqualizeError(f"`inner` must be {what}, its config or its name. Received: {received(inner)}.") from error
+    if found is not None and not isinstance(found, kind) and not inspect.isfunction(found):
+        raise EqualizeError(f"`inner` must be {what}, its config or its name. Received: {received(inner)}.")
+    if isinstance(found, Rule) and kind is keras.constraints.Constraint:
+        raise EqualizeError(
+            f"`inner` must not tie: a variable belongs to one hard group. Received: {received(found)}. Give all "
+            "members one group name."
+        )
+    return found

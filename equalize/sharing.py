@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from equalize import backend, binding, pairing, retracing
+from equalize.arguments import received
 from equalize.errors import GroupMismatchError
 
 
@@ -56,7 +57,7 @@ def share(*variables_or_layers: Any) -> Any:
         if not backend.is_variable(item):
             raise TypeError(
                 "`share` expects `keras.Variable`s (for instance `layer.kernel`), or layers, and not both. "
-                f"Received: {item!r} of type {type(item)}."
+                f"Received: {received(item)}."
             )
     _share([given])
     return given[0]
@@ -102,8 +103,7 @@ def relation(a: Any, b: Any) -> str | dict[str, str]:
     if backend.is_variable(a) and backend.is_variable(b):
         return _relation(a, b)
     raise TypeError(
-        "`relation` expects two `keras.Variable`s, or two layers. "
-        f"Received: {a!r} of type {type(a)} and {b!r} of type {type(b)}."
+        f"`relation` expects two `keras.Variable`s, or two layers. Received: {received(a)} and {received(b)}."
     )
 
 
@@ -118,13 +118,23 @@ def _relation(a: keras.Variable, b: keras.Variable) -> str:
 
 def _share(groups: list[list[keras.Variable]]) -> None:
     """Replaces all but the first variable of each group. Everything is checked before anything changes."""
+    for kept, *others in groups:
+        for old in others:
+            if old is not kept:
+                _require_alike(kept, old)
     layers = retracing.living(keras.Layer)
     replacements = []
+    replaced = {id(old) for kept, *others in groups for old in others if old is not kept}
+    for kept, *_ in groups:
+        if id(kept) in replaced:
+            raise GroupMismatchError(
+                f"Cannot share '{kept.path}': it would stay in one layer and be replaced in another. Expected: layers "
+                "that do not hold each other's weights, or hold them in the same order."
+            )
     for kept, *others in groups:
         for old in others:
             if old is kept:
                 continue
-            _require_alike(kept, old)
             owners = [layer for layer in layers if _owns(layer, old)]
             if not owners:
                 raise GroupMismatchError(
@@ -150,17 +160,17 @@ def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
                 f"Cannot share '{variable.path}': it has the rule {rule.describe()} of group '{rule.group}'. Expected: "
                 "variables that are not tied. Call `registry.untie(...)`, or leave the rule out of the layer."
             )
-    for what, expected, received in (
+    for what, expected, found in (
         ("shape", tuple(kept.shape), tuple(old.shape)),
         ("dtype", _dtype(kept), _dtype(old)),
         ("trainable", kept.trainable, old.trainable),
         ("constraint", binding.config_of(kept.constraint), binding.config_of(old.constraint)),
         ("regularizer", binding.config_of(kept.regularizer), binding.config_of(old.regularizer)),
     ):
-        if expected != received:
+        if expected != found:
             raise GroupMismatchError(
                 f"Cannot share '{kept.path}' with the owner of '{old.path}': expected {what} {expected}, received "
-                f"{received}. One variable has one {what}: make the two agree first."
+                f"{found}. One variable has one {what}: make the two agree first."
             )
 
 

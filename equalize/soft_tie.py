@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import backend, penalties, rules, strengths
+from equalize import arguments, backend, penalties, rules, strengths
 from equalize.penalties import Share
 from equalize.projections import Tensor
 from equalize.views import View
@@ -38,10 +38,10 @@ class SoftTie(rules.Rule, keras.regularizers.Regularizer):
         self.group = rules.checked_group(group)
         self.factor = strengths.checked_factor(factor) if self.pairwise else self.checked_strength(factor)
         self.view = rules.checked_view(view)
-        self.inner = rules.checked_inner(keras.regularizers.get, inner, "regularizer")
+        self.inner = rules.checked_inner(keras.regularizers.get, inner, keras.regularizers.Regularizer)
 
     def checked_strength(self, strength: Any) -> float:
-        return rules.checked_number("factor", strength, low=0.0, high=float("inf"), low_open=False)
+        return arguments.number("factor", strength, low=0.0)
 
     def __call__(self, x: Tensor) -> Tensor:
         group, member = self._require_binding(f"on '{getattr(x, 'path', 'a tensor')}'")

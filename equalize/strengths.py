@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from keras import ops
 
-from equalize import rules
+from equalize import arguments
+from equalize.arguments import received
 from equalize.errors import EqualizeError
 
 Strengths: TypeAlias = tuple[tuple[float, ...], ...]
@@ -23,19 +24,21 @@ def checked_factor(factor: Any) -> float | Strengths:
         TypeError: It is neither a number nor a matrix of numbers.
     """
     if not isinstance(factor, (list, tuple, np.ndarray)) and not ops.is_tensor(factor):
-        return rules.checked_number("factor", factor, low=0.0, high=float("inf"), low_open=False)
+        return arguments.number("factor", factor, low=0.0)
     try:
         matrix = np.asarray(ops.convert_to_numpy(factor) if ops.is_tensor(factor) else factor)
     except ValueError as error:  # rows of different lengths
-        raise EqualizeError(f"{_EXPECTED} Received rows of different lengths: {factor!r}.") from error
+        raise EqualizeError(f"{_EXPECTED} Received rows of different lengths: {received(factor)}.") from error
+    except Exception as error:  # a backend about tensors that NumPy cannot read
+        raise TypeError(f"{_EXPECTED} Received: {received(factor)}.") from error
     if matrix.dtype.kind not in "iuf":
-        raise TypeError(f"{_EXPECTED} Received: {factor!r}.")
+        raise TypeError(f"{_EXPECTED} Received: {received(factor)}.")
     matrix = matrix.astype("float64")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
         raise EqualizeError(f"{_EXPECTED} Received an array of shape {matrix.shape}.")
     _require_entries(matrix, np.isfinite(matrix) & (matrix >= 0.0), "finite numbers that are not negative")
     _require_entries(matrix, np.isclose(matrix, matrix.T, rtol=_ROUNDING, atol=0.0), "what the transposed entry is")
-    return as_strengths(0.5 * (matrix + matrix.T))
+    return as_strengths(np.where(matrix == matrix.T, matrix, 0.5 * matrix + 0.5 * matrix.T))
 
 
 def as_strengths(matrix: np.ndarray) -> Strengths:

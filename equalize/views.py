@@ -7,7 +7,6 @@ the mean of the pulled-back members with the weights `weight_i · gain_i²`.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from equalize import arguments, configs
+from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.projections import Tensor
 
@@ -99,9 +100,9 @@ class Transpose(View):
     """
 
     def __init__(self, axes: Sequence[int] | None = None):
-        self.axes = None if axes is None else _integers("axes", axes)
+        self.axes = None if axes is None else arguments.integers("axes", axes)
         if self.axes is not None and sorted(self.axes) != list(range(len(self.axes))):
-            raise EqualizeError(f"`axes` must be a permutation of 0, 1, ..., n − 1. Received: {axes!r}.")
+            raise EqualizeError(f"`axes` must be a permutation of 0, 1, ..., n − 1. Received: {received(axes)}.")
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         return ops.transpose(common, self._axes(common))
@@ -140,19 +141,20 @@ class Flip(View):
     """
 
     def __init__(self, axes: int | Sequence[int]):
-        self.axes = _integers("axes", axes)
+        self.axes = arguments.integers("axes", axes)
         if not self.axes or len(set(self.axes)) != len(self.axes):
-            raise EqualizeError(f"`axes` must name axes once each. Received: {axes!r}.")
+            raise EqualizeError(f"`axes` must name axes once each. Received: {received(axes)}.")
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
-        return ops.flip(common, self.axes)
+        return _flipped(common, self.axes)
 
     def adjoint(self, w: Tensor) -> Tensor:
-        return ops.flip(w, self.axes)
+        return _flipped(w, self.axes)
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
-        if not all(-len(shape) <= axis < len(shape) for axis in self.axes):
-            raise self._misfit(shape, f"axes {list(self.axes)}")
+        inside = all(-len(shape) <= axis < len(shape) for axis in self.axes)
+        if not inside or len({axis % len(shape) for axis in self.axes}) != len(self.axes):
+            raise self._misfit(shape, f"the different axes {list(self.axes)}")
         return tuple(shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -179,10 +181,10 @@ class Rotate90(View):
     """
 
     def __init__(self, k: int = 1, axes: Sequence[int] = (0, 1)):
-        (self.k,) = _integers("k", k)
-        self.axes = _integers("axes", axes)
+        self.k = arguments.integer("k", k)
+        self.axes = arguments.integers("axes", axes)
         if len(self.axes) != 2 or self.axes[0] == self.axes[1]:
-            raise EqualizeError(f"`axes` must be two different axes. Received: {axes!r}.")
+            raise EqualizeError(f"`axes` must be two different axes. Received: {received(axes)}.")
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         return self._turned(common, self.k)
@@ -205,7 +207,7 @@ class Rotate90(View):
     def _turned(self, x: Tensor, k: int) -> Tensor:
         first, second = self.axes
         if k % 4 == 2:
-            return ops.flip(x, (first, second))
+            return _flipped(x, (first, second))
         if k % 4 == 1:
             return ops.swapaxes(ops.flip(x, second), first, second)
         return ops.flip(ops.swapaxes(x, first, second), second) if k % 4 == 3 else x
@@ -233,12 +235,8 @@ class Scale(View):
     """
 
     def __init__(self, factor: float):
-        if isinstance(factor, bool) or not isinstance(factor, (int, float, np.number)):
-            raise TypeError(f"`factor` must be a number. Received: {factor!r} of type {type(factor)}.")
-        self.factor = float(factor)
-        if not math.isfinite(self.factor) or self.factor == 0.0:
-            raise EqualizeError(f"`factor` must be finite and not 0. Received: {factor!r}.")
-        self.gain = abs(self.factor)
+        self.factor = arguments.number("factor", factor)
+        self.gain = _checked_gain(abs(self.factor), f"`factor` must be finite and not 0. Received: {received(factor)}.")
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         return common * self.factor
@@ -276,12 +274,13 @@ class Slice(View):
     """
 
     def __init__(self, start_indices: Sequence[int], shape: Sequence[int]):
-        self.start_indices = _integers("start_indices", start_indices)
-        self.shape = _integers("shape", shape)
-        if len(self.start_indices) != len(self.shape) or min((*self.start_indices, 0)) < 0 or min(self.shape) < 1:
+        self.start_indices = arguments.integers("start_indices", start_indices)
+        self.shape = arguments.integers("shape", shape)
+        positive = min((*self.start_indices, 0)) >= 0 and min((*self.shape, 1)) >= 1
+        if len(self.start_indices) != len(self.shape) or not self.shape or not positive:
             raise EqualizeError(
                 "`start_indices` and `shape` must be non-negative and positive numbers, one for each axis. "
-                f"Received: start_indices={start_indices!r}, shape={shape!r}."
+                f"Received: start_indices={received(start_indices)}, shape={received(shape)}."
             )
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
@@ -325,11 +324,13 @@ class Chain(View):
     def __init__(self, *views: View):
         for view in views:
             if not isinstance(view, View):
-                raise TypeError(f"`views` must be views of equalize. Received: {view!r} of type {type(view)}.")
+                raise TypeError(f"`views` must be views of equalize. Received: {received(view)}.")
         if not views:
             raise EqualizeError("`Chain` needs a view. Received: nothing.")
         self.views = views
-        self.gain = math.prod(view.gain for view in views)
+        self.gain = _checked_gain(
+            math.prod(view.gain for view in views), f"`views` must not stretch so. Received: {views}."
+        )
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         if like is None:
@@ -363,14 +364,22 @@ class Chain(View):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Chain":
-        return cls(*(keras.saving.deserialize_keras_object(view) for view in config["views"]))
+        if not isinstance(config, dict) or set(config) != {"views"} or not isinstance(config["views"], (list, tuple)):
+            raise EqualizeError(f"Expected the config of a `Chain`, with a list 'views'. Received: {received(config)}.")
+        return cls(*(configs.restored(view, View, "a view") for view in config["views"]))
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.views))})"
 
 
-def _integers(name: str, values: Any) -> Shape:
-    try:
-        return tuple(operator.index(value) for value in ([values] if np.ndim(values) == 0 else values))
-    except TypeError as error:
-        raise TypeError(f"`{name}` must be integers. Received: {values!r} of type {type(values)}.") from error
+def _flipped(x: Tensor, axes: Sequence[int]) -> Tensor:
+    for axis in axes:  # one by one, since Keras 3.5 takes no several axes on TensorFlow
+        x = ops.flip(x, axis)
+    return x
+
+
+def _checked_gain(gain: float, problem: str) -> float:
+    """The factor by which a view stretches: its square, by which gradients are divided, must be a float32 number."""
+    if not np.finfo("float32").tiny <= gain * gain <= np.finfo("float32").max:
+        raise EqualizeError(f"{problem} Expected a factor between 1.1e-19 and 1.8e19 in size.")
+    return gain

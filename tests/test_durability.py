@@ -1,11 +1,9 @@
-"""Ties that last: through files, new processes, copies, checkpoints, crashes and averages of weights."""
+"""Ties that last: through files, new processes, copies, checkpoints and averages of weights."""
 
 import copy
 import functools
-import os
 import pathlib
 import pickle
-import signal
 
 import keras
 import numpy as np
@@ -297,37 +295,3 @@ def test_the_best_weights_that_early_stopping_restores_are_equal():
     assert losses[-1] > min(losses)
     assert bitwise_equal(*kernels(model))
     assert model.evaluate(*data(seed=1), verbose=0) == pytest.approx(min(losses), rel=1e-5)
-
-
-class Kill(keras.callbacks.Callback):
-    """Kills the process in the middle of the third epoch."""
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.epoch == 2 and batch == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train_and_die(folder):
-    model, registry = compiled()
-    backups = [
-        keras.callbacks.BackupAndRestore(f"{folder}/epochs"),
-        keras.callbacks.BackupAndRestore(f"{folder}/batches", save_freq=3),
-    ]
-    train(model, registry, *backups, Kill(), epochs=4)
-
-
-def test_a_run_that_was_killed_in_the_middle_of_an_epoch_resumes_equal(tmp_path):
-    assert in_new_process(train_and_die, tmp_path) == -signal.SIGKILL
-    through, registry = compiled()
-    train(through, registry, epochs=4)
-    for folder in ("epochs", "batches"):
-        model, registry = compiled(seed=2)
-        backup = keras.callbacks.BackupAndRestore(str(tmp_path / folder))
-        losses = train(model, registry, backup, epochs=4)["loss"]
-        assert len(losses) == 2
-        assert bitwise_equal(*kernels(model))
-        # A backup of a full epoch resumes the very run; one amid an epoch starts that epoch again.
-        assert (state(model) == state(through)) == (folder == "epochs")

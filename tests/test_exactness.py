@@ -12,7 +12,7 @@ from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
-from tests.conftest import BACKEND, MODES, QUICK, Recorder, bits, data
+from tests.conftest import BACKEND, KERAS_3_5, MODES, QUICK, Recorder, bits, data
 
 O = keras.optimizers  # noqa: E741
 
@@ -223,6 +223,8 @@ def test_loss_scaling_inside_or_around(place):
 
 @pytest.mark.parametrize("place", ["auto", "inside and auto", "inside", "around"])
 def test_mixed_precision(place):
+    if KERAS_3_5 and place == "inside and auto":
+        pytest.skip("the LossScaleOptimizer of Keras 3.5 does not tell what it wraps, so the loss is unscaled twice")
     results = []
     for shared in (True, False):
         model, kernels = branches(2, shared=shared, dtype="mixed_float16")

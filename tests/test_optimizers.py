@@ -14,7 +14,7 @@ from equalize.constraints import Equal
 from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
-from tests.conftest import BACKEND, MODES, QUICK, Recorder, bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import BACKEND, KERAS_3_5, MODES, QUICK, Recorder, bits, bitwise_equal, data, fit, kernels, towers
 
 HARD = functools.partial(Equal, "towers")
 
@@ -204,6 +204,7 @@ def test_the_monitor_finds_nothing_to_repair_when_weights_are_averaged():
     registry.check()
 
 
+@pytest.mark.skipif(KERAS_3_5, reason="SwapEMAWeights of Keras 3.5 takes averages for those of all variables, in order")
 @pytest.mark.parametrize("on_epoch", [False, True])
 def test_swapped_averages_reach_all_members_with_the_monitor_after_the_swap(on_epoch):
     results = []

@@ -150,3 +150,19 @@ def test_the_registry_is_keras_serializable():
     _, registry = tied_autoencoder()
     config = keras.saving.serialize_keras_object(registry)
     assert keras.saving.deserialize_keras_object(config).get_config() == registry.get_config()
+
+
+def test_a_variable_in_two_soft_groups_keeps_both_through_a_config():
+    model = towers(2, regularizer=lambda: MeanL2("declared", 0.5))
+    registry = equalize.GroupRegistry().link(model)
+    for name in ("one", "two"):
+        registry.tie(name, kernels(model), MeanL2(factor=0.25))
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    restored = through_json(registry).link(clone)
+    assert sorted(restored) == ["declared", "one", "two"]
+    expected = float(ops.convert_to_numpy(registry.penalty()))
+    assert expected > 0.0
+    for each in (model, clone):
+        losses = sum(float(ops.convert_to_numpy(loss)) for loss in each.losses)
+        assert losses == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,141 @@
+"""What users give: numbers, integers, names, choices, functions and variables, checked at the door."""
+
+import math
+import numbers
+import operator
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from equalize import backend
+from equalize.errors import EqualizeError
+
+_LONGEST = 400
+
+
+def received(value: Any) -> str:
+    """A value and its type as messages print them; cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:  # an object whose `repr` fails, or an integer with more digits than Python prints
+        text = "an object that cannot be printed"
+    return f"{text if len(text) <= _LONGEST else text[:_LONGEST] + '...'} of type {type(value)}"
+
+
+def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> float:
+    """A real number within its range.
+
+    Raises:
+        TypeError: It is no number.
+        EqualizeError: It is not finite, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number. Received: {received(value)}.")
+    try:
+        converted = float(value)
+    except OverflowError:
+        converted = math.inf
+    if not math.isfinite(converted) or converted > high or converted < low or (low_open and converted == low):
+        left = "(" if low_open or low == -math.inf else "["
+        interval = f"{left}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
+        raise EqualizeError(f"`{name}` must be a finite number in {interval}. Received: {received(value)}.")
+    return converted
+
+
+def integers(name: str, values: Any) -> tuple[int, ...]:
+    """An integer, or a list of them, as a tuple.
+
+    Raises:
+        TypeError: Something else is given, a bool for instance.
+        EqualizeError: An integer has more than 32 bits.
+    """
+    try:
+        listed = [values] if np.ndim(values) == 0 else list(values)
+        if any(isinstance(value, (bool, np.bool_)) for value in listed):
+            raise TypeError("a bool is no integer")
+        converted = tuple(int(operator.index(value)) for value in listed)
+    except Exception as error:  # NumPy about lists of different lengths, a backend about its own tensors
+        raise TypeError(f"`{name}` must be integers. Received: {received(values)}.") from error
+    if any(abs(value) >= 2**31 for value in converted):
+        raise EqualizeError(f"`{name}` must be integers of 32 bits. Received: {received(values)}.")
+    return converted
+
+
+def integer(name: str, value: Any, *, low: int | None = None) -> int:
+    """One integer, at least `low`.
+
+    Raises:
+        TypeError: It is no integer, or there are several.
+        EqualizeError: It is too small.
+    """
+    converted = integers(name, value)
+    if len(converted) != 1 or np.ndim(value) != 0:
+        raise TypeError(f"`{name}` must be one integer. Received: {received(value)}.")
+    if low is not None and converted[0] < low:
+        raise EqualizeError(f"`{name}` must be at least {low}. Received: {received(value)}.")
+    return converted[0]
+
+
+def option(name: str, value: Any, options: Sequence[str]) -> str:
+    """One of several words.
+
+    Raises:
+        EqualizeError: It is another.
+    """
+    if not isinstance(value, str) or value not in options:
+        raise EqualizeError(f"`{name}` must be one of {list(options)}. Received: {received(value)}.")
+    return value
+
+
+def text(name: str, value: Any, meaning: str) -> str:
+    """A string that is not blank.
+
+    Raises:
+        TypeError: It is no string.
+        EqualizeError: It is blank.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a string, {meaning}. Received: {received(value)}.")
+    if not value.strip():
+        raise EqualizeError(f"`{name}` must not be empty. Expected {meaning}. Received: {received(value)}.")
+    return value
+
+
+def names(name: str, value: Any) -> list[str]:
+    """The name of a group, or several, as a list.
+
+    Raises:
+        TypeError: Something else is given.
+    """
+    listed: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Collection) else [None]
+    if not all(isinstance(each, str) for each in listed):
+        raise TypeError(f"`{name}` must be the name of a group, or a list of them. Received: {received(value)}.")
+    return listed
+
+
+def function(name: str, value: Any, meaning: str) -> Any:
+    """Something that can be called.
+
+    Raises:
+        TypeError: It cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function {meaning}. Received: {received(value)}.")
+    return value
+
+
+def variables(name: str, value: Any) -> list[keras.Variable]:
+    """Variables, as a list.
+
+    Raises:
+        TypeError: Something else is given.
+    """
+    try:
+        listed = list(value)
+    except Exception as error:  # a symbolic tensor raises what is no `TypeError`
+        raise TypeError(f"`{name}` must be a list of variables. Received: {received(value)}.") from error
+    if not all(backend.is_variable(variable) for variable in listed):
+        raise TypeError(f"`{name}` must be a list of `keras.Variable`s. Received: {received(value)}.")
+    return listed
