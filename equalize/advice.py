@@ -12,6 +12,7 @@ from keras import ops
 from equalize import backend
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
+from equalize.progress import bar
 from equalize.rules import Rule
 
 
@@ -29,6 +30,12 @@ class Advice:
         loss: The loss on the data as it is.
         tied_loss: The loss if the members were made equal now, and nothing else changed. Not a number where two
             anchors differ, since then they cannot be.
+
+    Example:
+    >>> from equalize.advice import Advice
+    >>> advice = Advice("heads", cosine=0.9, distance=0.1, loss=1.0, tied_loss=1.25)
+    >>> advice.rise
+    0.25
     """
 
     group: str
@@ -50,15 +57,19 @@ def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_si
         EqualizeError: The model is not compiled, a member is none of its variables, or the data do not fit together.
     """
     if not getattr(model, "compiled", False):
-        raise EqualizeError(f"`advise` needs the loss of '{model.name}'. Call `model.compile(optimizer, loss)` first.")
+        raise EqualizeError(
+            f"`advise` needs the loss of a model. Expected: a compiled model. Received: '{model.name}', which is not "
+            "compiled. Call `model.compile(optimizer, loss)` first."
+        )
     _require_members(groups, model)
     batches = list(_batches(x, y, batch_size))
-    with _without_penalties(groups), _metrics_as_they_are(model):
-        loss = _loss(model, batches)
-        return [_advice(group, model, batches, loss) for group in groups]
+    passes = 1 + 2 * len(groups)
+    with _without_penalties(groups), _metrics_as_they_are(model), bar("Asking the data", passes * len(batches)) as step:
+        loss = _loss(model, batches, step)
+        return [_advice(group, model, batches, loss, step) for group in groups]
 
 
-def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: float) -> Advice:
+def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: float, step: Callable[[], None]) -> Advice:
     moving = [member for member in group.members if not member.anchor]
     sums: list[Any] = [0.0] * len(moving)
     for batch, size in batches:
@@ -67,13 +78,14 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
             if gradient is not None:
                 pulled = ops.convert_to_numpy(moving[i].pull_gradient(gradient)).astype("float64")
                 sums[i] = sums[i] + size * pulled
+        step()
     try:
         group.require_anchors_agree()
     except GroupMismatchError:
         tied_loss = float("nan")
     else:
         with _equal(group):
-            tied_loss = _loss(model, batches)
+            tied_loss = _loss(model, batches, step)
     return Advice(group.name, _cosine(sums), _distance(group), loss, tied_loss)
 
 
@@ -93,9 +105,12 @@ def _cosine(gradients: Sequence[Any]) -> float:
     return float((np.sum(np.sum(units, axis=0) ** 2) - n) / (n * (n - 1))) if n > 1 else float("nan")
 
 
-def _loss(model: keras.Model, batches: Sequence[Any]) -> float:
-    losses = [size * float(ops.convert_to_numpy(_loss_of(model, *batch)())) for batch, size in batches]
-    return sum(losses) / sum(size for _, size in batches)
+def _loss(model: keras.Model, batches: Sequence[Any], step: Callable[[], None]) -> float:
+    total = 0.0
+    for batch, size in batches:
+        total += size * float(ops.convert_to_numpy(_loss_of(model, *batch)()))
+        step()
+    return total / sum(size for _, size in batches)
 
 
 def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:

@@ -1,16 +1,15 @@
 """The registry: the groups of a model by name, and everything one does with them."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 
-from equalize import binding, discovery, persistence, planning, reporting, retracing
-from equalize.advice import Advice, advise
-from equalize.diagnosis import Finding, findings
-from equalize.errors import EqualizeError, TieBrokenError
+from equalize import binding, discovery, persistence, planning, retracing
+from equalize.errors import EqualizeError
 from equalize.groups import Group
+from equalize.inspection import Inspection
 from equalize.projections import Tensor
 from equalize.rules import Rule
 
@@ -18,7 +17,7 @@ _INITIAL = ("first", "mean", "strict")
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class GroupRegistry(Mapping[str, Group]):
+class GroupRegistry(Inspection):
     """Links the variables of a model into groups that are kept equal, or close, while the model trains.
 
     A constraint or a regularizer is called for one variable and knows of no other. The registry is where the others
@@ -191,85 +190,6 @@ class GroupRegistry(Mapping[str, Group]):
             if group.projects:
                 group.project()
 
-    def spread(self) -> dict[str, float]:
-        """The largest entry of max − min over the members of each group: 0.0 where they are equal."""
-        return {name: group.spread() for name, group in self.items()}
-
-    def check(self, atol: float = 0.0) -> None:
-        """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`."""
-        broken = {name: s for name, s in self.spread().items() if self[name].hard and not s <= atol}
-        if broken:
-            lines = "".join(
-                f"\n    '{name}': spread {spread:g}, members {', '.join(str(m) for m in self[name].members)}"
-                for name, spread in broken.items()
-            )
-            raise TieBrokenError(
-                f"{len(broken)} of {sum(group.hard for group in self.values())} hard groups are not equal; expected a "
-                f"spread of at most {atol:g}, received:{lines}\n"
-                "Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the "
-                "members equal again."
-            )
-
-    def summary(self, print_fn: Any = None) -> None:
-        """Prints a table of the groups: rule, members, weights stored and free, and how far apart the members are.
-
-        Args:
-            print_fn: Called with the table as text; by default it is printed, in color where the terminal has it.
-        """
-        reporting.print_summary(list(self.values()), len(self.diagnose()), print_fn)
-
-    def diagnose(self) -> list[Finding]:
-        """What may go wrong with the ties though nothing is broken yet, each with a fix.
-
-        Looks at the groups, and at the models that were linked with their optimizers: averaging of weights without a
-        monitor, clipping by the global norm, weight decay of some members only, partial averaging under gradient
-        accumulation, rules that LoRA or quantization dropped or that were never linked, members that an optimizer on
-        JAX does not reach, hard groups that are not equal.
-
-        Returns:
-            A list of findings, empty where there is nothing to say. Print one to read it.
-        """
-        return findings(list(self.values()), list(self._models), monitored=len(self.monitors) > 0)
-
-    def advise(
-        self,
-        model: keras.Model,
-        x: Any,
-        y: Any,
-        *,
-        names: Sequence[str] = (),
-        batch_size: int = 256,
-        print_fn: Any = None,
-    ) -> dict[str, Advice]:
-        """Is it worth tying? Prints what data say about each group, and returns it.
-
-        For each group: how well the members' gradients agree on the data, how far apart the members are, and what
-        the loss would be if they were equal now. The penalties of soft groups are left out of the loss, since they
-        are not what data say. Give held-out data to see what tying does to them. To ask before anything is tied, tie
-        softly with `factor=0.0`.
-
-        A rough reading: where gradients agree (cosine well above 0) and the loss hardly rises, tie hard; where they
-        agree and the loss rises, tie softly; where they disagree (cosine at or below 0), leave the members free.
-
-        Args:
-            model: A compiled model that all members belong to.
-            x: Inputs, an array or a structure of arrays.
-            y: Targets, likewise.
-            names: Names of groups, or of ties of layers; all where none is given.
-            batch_size: How many samples to look at in one go.
-            print_fn: Called with the table as text; by default it is printed.
-
-        Returns:
-            An `equalize.advice.Advice` for each group, by name.
-
-        Raises:
-            EqualizeError: The model is not compiled or lacks a member, or inputs and targets do not hold the same
-                number of samples, at least one.
-        """
-        advice = advise(self.select(names), model, x, y, batch_size)
-        reporting.print_advice(advice, print_fn)
-        return {each.group: each for each in advice}
-
     def select(self, names: Sequence[str]) -> list[Group]:
         """The groups of these names, or those of a tie of layers that has the name; all without a name."""
         selected = {} if names else dict(self)
@@ -277,7 +197,7 @@ class GroupRegistry(Mapping[str, Group]):
             below = {key: group for key, group in self.items() if key.startswith(f"{name}/")}
             below = {name: self[name]} if name in self else below
             if not below:
-                raise EqualizeError(f"There is no group '{name}'. Expected one of: {list(self)}.")
+                raise EqualizeError(_unknown(name, self))
             selected |= below
         return list(selected.values())
 
@@ -304,10 +224,9 @@ class GroupRegistry(Mapping[str, Group]):
         return GroupRegistry.from_config, (self.get_config(),)
 
     def __getitem__(self, name: str) -> Group:
-        group = self._groups[name]
-        if len(group.members) == sum(member.constant for member in group.members):
-            raise KeyError(name)
-        return group
+        if name not in self:
+            raise KeyError(_unknown(name, self))
+        return self._groups[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name in self._groups if name in self])
@@ -316,14 +235,8 @@ class GroupRegistry(Mapping[str, Group]):
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        try:
-            self[name]  # type: ignore[index]
-        except KeyError:
-            return False
-        return True
-
-    def __repr__(self) -> str:
-        return f"<GroupRegistry: {', '.join(map(repr, self.values())) or 'no groups'}>"
+        group = self._groups.get(name)  # type: ignore[arg-type]
+        return group is not None and any(not member.constant for member in group.members)
 
     def _add(self, group: Group) -> Group:
         self._groups[group.name] = group
@@ -341,6 +254,12 @@ def checked_registry(registry: Any) -> GroupRegistry:
 
 def _variables(groups: Iterable[Group]) -> list[keras.Variable]:
     return [member.variable for group in groups for member in group.members]
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    fix = f"Expected one of: {names}." if names else "Expected: a name that was linked or tied; there is none yet."
+    return f"There is no group {name!r}. {fix}"
 
 
 def _require_option(name: str, value: Any, options: Sequence[str]) -> None:
