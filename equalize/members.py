@@ -22,6 +22,15 @@ class Member:
         path: Where the variable lives, as `variable.path` gives it.
         view: How the member shows the group's common value; None for "as it is".
         weight: The member's weight in the mean.
+
+    Example:
+    >>> import keras, equalize
+    >>> encoder, decoder = keras.layers.Dense(2), keras.layers.Dense(4)
+    >>> model = keras.Sequential([keras.Input((4,)), encoder, decoder])
+    >>> members = [encoder.kernel, (decoder.kernel, equalize.views.Transpose())]
+    >>> group = equalize.GroupRegistry().tie("pair", members, equalize.constraints.Equal())
+    >>> [(member.path.endswith("kernel"), member.view, member.anchor) for member in group.members]
+    [(True, None, False), (True, Transpose(axes=None), False)]
     """
 
     def __init__(
@@ -39,7 +48,11 @@ class Member:
         """The `keras.Variable`; for a constant, one that is not trainable and that nobody else has."""
         variable = self._variable()
         if variable is None:
-            raise EqualizeError(f"The variable '{self.path}' no longer exists: its model has been deleted.")
+            raise EqualizeError(
+                f"The variable '{self.path}' no longer exists: its model has been deleted. Expected: a member of a "
+                "model that is kept. Read members anew from the registry, `registry[name].members`: it lists those "
+                "that exist."
+            )
         return variable
 
     @property

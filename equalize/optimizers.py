@@ -1,4 +1,4 @@
-"""Optimizers that tie: one update for a whole group, from the sum of its members' gradients."""
+"""Optimizers that tie: `TiedOptimizer` makes one update for a whole group, from the sum of its members' gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +12,8 @@ from equalize.groups import Group
 from equalize.leading import Lead
 from equalize.projections import Tensor
 from equalize.registry import GroupRegistry, checked_registry
+
+__all__ = ["TiedOptimizer"]
 
 _REDUCTIONS = ("sum", "mean")
 
@@ -149,7 +151,10 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         trainable_variables: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         if not self.built:
-            raise EqualizeError("`stateless_apply` needs an optimizer that is built. Call `build(variables)` before.")
+            raise EqualizeError(
+                "`stateless_apply` needs an optimizer that is built. Received: one that is not. Call "
+                "`build(variables)` before."
+            )
         variables = self._trainable_variables
         scales = zip(self.inner_optimizer.variables, optimizer_variables, strict=True)
         values = zip(variables, trainable_variables, strict=True)
@@ -247,7 +252,10 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         config = dict(config)
         handed = config.pop("handed", None)
         if handed is not None and not (isinstance(handed, (list, tuple)) and all(type(i) is int for i in handed)):
-            raise EqualizeError(f"`handed` must be a list of indices, or None. Received: {handed!r}.")
+            raise EqualizeError(
+                f"The entry `handed` of this config must be a list of indices, or None. Received: {handed!r}. Use what "
+                "`optimizer.get_config()` returned, unchanged."
+            )
         for key in ("inner_optimizer", "registry"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         optimizer = cls(**config)
@@ -313,7 +321,7 @@ def _checked_optimizer(optimizer: Any) -> Any:
         )
     if isinstance(found, TiedOptimizer):
         raise EqualizeError(
-            f"`inner_optimizer` must not be a TiedOptimizer itself. Received: {found!r}. Give one of them a registry "
-            "with all groups."
+            f"`inner_optimizer` must not be a TiedOptimizer itself. Received: the TiedOptimizer '{found.name}'. Give "
+            "one of them a registry with all groups."
         )
     return found

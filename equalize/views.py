@@ -1,4 +1,7 @@
-"""Linear views: how a member of a group shows the group's common value.
+"""Linear views, `View`: how a member of a group shows the group's common value.
+
+`Transpose` permutes axes, `Flip` reverses them, `Rotate90` turns, `Scale` multiplies, `Slice` is a part, and `Chain` is
+several views in a row.
 
 A view V maps the common value c to what the member shows, w = V(c): a transposed copy, a flipped one, a multiple, a
 part. Each is a multiple of an isometry, Vᵀ·V = gain² · identity, so the best common value seen from one member alone
@@ -18,11 +21,24 @@ from keras import ops
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.projections import Tensor
 
+__all__ = ["Chain", "Flip", "Rotate90", "Scale", "Slice", "Transpose", "View"]
+
 Shape = tuple[int, ...]
 
 
 class View:
-    """Base of the views. Equal views have equal configs."""
+    """Base of the views. Equal views have equal configs.
+
+    It is what annotations and `isinstance` name. Each view is linear and stretches every value by one factor,
+    its `gain`.
+
+    Example:
+    >>> from equalize import views
+    >>> views.Flip(0) == views.Flip([0]), views.Flip(0) == views.Flip(1)
+    (True, False)
+    >>> views.Slice((0, 0), (4, 3)).common_shape((4, 8))
+    (4, 3)
+    """
 
     gain: float = 1.0
     """The factor by which the view stretches: ‖V(c)‖ = gain · ‖c‖."""
@@ -76,7 +92,8 @@ class View:
 
     def _misfit(self, shape: Sequence[int], expected: str) -> GroupMismatchError:
         return GroupMismatchError(
-            f"The view {self!r} does not fit a variable of shape {tuple(shape)}: expected {expected}."
+            f"The view {self!r} does not fit a variable of shape {tuple(shape)}: expected {expected}. Change the "
+            "view, or give it to another variable."
         )
 
 
@@ -142,7 +159,7 @@ class Flip(View):
     def __init__(self, axes: int | Sequence[int]):
         self.axes = _integers("axes", axes)
         if not self.axes or len(set(self.axes)) != len(self.axes):
-            raise EqualizeError(f"`axes` must name axes once each. Received: {axes!r}.")
+            raise EqualizeError(f"`axes` must name axes once each, and at least one. Received: {axes!r}.")
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         return ops.flip(common, self.axes)
@@ -152,7 +169,7 @@ class Flip(View):
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
         if not all(-len(shape) <= axis < len(shape) for axis in self.axes):
-            raise self._misfit(shape, f"axes {list(self.axes)}")
+            raise self._misfit(shape, f"one with the axes {list(self.axes)}")
         return tuple(shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -193,7 +210,7 @@ class Rotate90(View):
     def common_shape(self, shape: Sequence[int]) -> Shape:
         first, second = self.axes
         if not all(-len(shape) <= axis < len(shape) for axis in self.axes) or (first - second) % len(shape) == 0:
-            raise self._misfit(shape, f"axes {list(self.axes)}")
+            raise self._misfit(shape, f"one with the axes {list(self.axes)}")
         common = list(shape)
         if self.k % 2:
             common[first], common[second] = common[second], common[first]
@@ -280,7 +297,7 @@ class Slice(View):
         self.shape = _integers("shape", shape)
         if len(self.start_indices) != len(self.shape) or min((*self.start_indices, 0)) < 0 or min(self.shape) < 1:
             raise EqualizeError(
-                "`start_indices` and `shape` must be non-negative and positive numbers, one for each axis. "
+                "`start_indices` must be non-negative and `shape` positive, with one for each axis. "
                 f"Received: start_indices={start_indices!r}, shape={shape!r}."
             )
 
@@ -327,7 +344,7 @@ class Chain(View):
             if not isinstance(view, View):
                 raise TypeError(f"`views` must be views of equalize. Received: {view!r} of type {type(view)}.")
         if not views:
-            raise EqualizeError("`Chain` needs a view. Received: nothing.")
+            raise EqualizeError("`Chain` needs a view. Expected: one or more. Received: none.")
         self.views = views
         self.gain = math.prod(view.gain for view in views)
 
