@@ -1,4 +1,19 @@
-"""equalize keeps separate Keras variables equal, or close, while a model trains."""
+"""equalize keeps separate Keras variables equal, or close, while a model trains.
+
+A *group* says who is tied, a *rule* how: `equalize.constraints` makes its members equal after every optimizer step,
+`equalize.regularizers` pulls them together by the loss, and `equalize.optimizers.TiedOptimizer` trains them as one.
+`GroupRegistry` holds the groups. A *view* of `equalize.views` says how a member shows the group's common value.
+
+Example:
+>>> import keras, equalize
+>>> inputs = keras.Input((8,))
+>>> left = keras.layers.Dense(4, kernel_constraint=equalize.constraints.Equal("towers"))
+>>> right = keras.layers.Dense(4, kernel_constraint=equalize.constraints.Equal("towers"))
+>>> model = keras.Model(inputs, [left(inputs), right(inputs)])
+>>> registry = equalize.GroupRegistry().link(model)  # finds the members, checks them, makes them equal
+>>> equalize.relation(left.kernel, right.kernel)
+'equal'
+"""
 
 from equalize import callbacks, constraints, errors, optimizers, regularizers, views
 from equalize._version import __version__

@@ -13,6 +13,7 @@ from equalize import backend
 from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
+from equalize.progress import bar
 from equalize.rules import Rule
 
 
@@ -30,6 +31,12 @@ class Advice:
         loss: The loss on the data as it is.
         tied_loss: The loss if the members were made equal now, and nothing else changed. Not a number where two
             anchors differ, since then they cannot be.
+
+    Example:
+    >>> from equalize.advice import Advice
+    >>> advice = Advice("heads", cosine=0.9, distance=0.1, loss=1.0, tied_loss=1.25)
+    >>> advice.rise
+    0.25
     """
 
     group: str
@@ -55,15 +62,19 @@ def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_si
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a Keras model. Received: {received(model)}.")
     if not getattr(model, "compiled", False):
-        raise EqualizeError(f"`advise` needs the loss of '{model.name}'. Call `model.compile(optimizer, loss)` first.")
+        raise EqualizeError(
+            f"`advise` needs the loss of a model. Expected: a compiled model. Received: '{model.name}', which is not "
+            "compiled. Call `model.compile(optimizer, loss)` first."
+        )
     _require_members(groups, model)
     batches = list(_batches(x, y, batch_size))
-    with _without_penalties(groups), _metrics_as_they_are(model):
-        loss = _loss(model, batches)
-        return [_advice(group, model, batches, loss) for group in groups]
+    passes = 1 + 2 * len(groups)
+    with _without_penalties(groups), _metrics_as_they_are(model), bar("Asking the data", passes * len(batches)) as step:
+        loss = _loss(model, batches, step)
+        return [_advice(group, model, batches, loss, step) for group in groups]
 
 
-def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: float) -> Advice:
+def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: float, step: Callable[[], None]) -> Advice:
     moving = [member for member in group.members if not member.anchor]
     sums: list[Any] = [0.0] * len(moving)
     for batch, size in batches:
@@ -72,13 +83,14 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
             if gradient is not None:
                 pulled = backend.array(moving[i].pull_gradient(gradient)).astype("float64")
                 sums[i] = sums[i] + size * pulled
+        step()
     try:
         group.require_anchors_agree()
     except GroupMismatchError:
         tied_loss = float("nan")
     else:
         with _equal(group):
-            tied_loss = _loss(model, batches)
+            tied_loss = _loss(model, batches, step)
     return Advice(group.name, _cosine(sums), _distance(group), loss, tied_loss)
 
 
@@ -98,9 +110,12 @@ def _cosine(gradients: Sequence[Any]) -> float:
     return float((np.sum(np.sum(units, axis=0) ** 2) - n) / (n * (n - 1))) if n > 1 else float("nan")
 
 
-def _loss(model: keras.Model, batches: Sequence[Any]) -> float:
-    losses = [size * float(ops.convert_to_numpy(_loss_of(model, *batch)())) for batch, size in batches]
-    return sum(losses) / sum(size for _, size in batches)
+def _loss(model: keras.Model, batches: Sequence[Any], step: Callable[[], None]) -> float:
+    total = 0.0
+    for batch, size in batches:
+        total += size * float(ops.convert_to_numpy(_loss_of(model, *batch)()))
+        step()
+    return total / sum(size for _, size in batches)
 
 
 def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:

@@ -1,5 +1,10 @@
-"""Callbacks: what happens to ties around a training run, beyond its steps."""
+"""Callbacks: what happens to ties around a training run, beyond its steps.
 
+`TieMonitor` logs how far apart members are and repairs hard ties when training ends; `FactorSchedule` changes how
+strongly a group is tied from epoch to epoch.
+"""
+
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,13 +13,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import arguments, retracing
+from equalize import arguments, plotting, retracing
 from equalize.arguments import received
 from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.groups import Group
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
+
+__all__ = ["FactorSchedule", "TieMonitor"]
 
 
 class TieMonitor(keras.callbacks.Callback):
@@ -45,6 +52,7 @@ class TieMonitor(keras.callbacks.Callback):
             a `UserWarning` names them.
 
     Attributes:
+        history: The spread of each group after every epoch of the last training, by name.
         broken: The hard groups that were not equal when the last training ended, by name, with the spread that each
             had then: before the repair, where there was one. Empty where all were equal.
 
@@ -76,10 +84,11 @@ class TieMonitor(keras.callbacks.Callback):
         self.atol = arguments.number("atol", atol, low=0.0)
         self.repair = repair
         self.broken: dict[str, float] = {}
+        self.history: dict[str, list[float]] = {}
         registry.monitors.add(self)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self.broken = {}
+        self.broken, self.history = {}, {}
         trained = {id(variable) for variable in self.model.variables}
         members = [member for group in self.registry.values() for member in group.members]
         if not any(id(member.variable) in trained for member in members):
@@ -100,8 +109,11 @@ class TieMonitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._follow()
+        spreads = self._spread()
+        for name, spread in spreads.items():
+            self.history.setdefault(name, []).append(spread)
         if logs is not None:
-            logs.update({f"spread/{name}": spread for name, spread in self._spread().items()})
+            logs.update({f"spread/{name}": spread for name, spread in spreads.items()})
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # `fit` calls `optimizer.finalize_variable_values` before this on all backends (Keras 3.5 and 3.15).
@@ -120,6 +132,18 @@ class TieMonitor(keras.callbacks.Callback):
             UserWarning,
             stacklevel=2,
         )
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws how far apart the members of each group were after every epoch of the last training.
+
+        Args:
+            path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
+
+        Raises:
+            EqualizeError: No epoch has ended.
+            ImportError: matplotlib is not installed; the extra `plot` brings it.
+        """
+        plotting.plot_spread(self.history, path)
 
     def _follow(self) -> None:
         """Under a TiedOptimizer, gives all members what `SwapEMAWeights` wrote to one."""

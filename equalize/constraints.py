@@ -1,4 +1,8 @@
-"""Constraints that tie: what an optimizer step is followed by."""
+"""Constraints: what an optimizer step is followed by.
+
+`Equal` ties the variables of a group, fully or in part; `Invariant` keeps one variable symmetric. Both are Keras
+constraints, for the arguments `kernel_constraint`, `bias_constraint` and so on of layers.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +14,8 @@ from equalize.arguments import received
 from equalize.errors import EqualizeError
 from equalize.projections import Tensor
 from equalize.views import View
+
+__all__ = ["Equal", "Invariant"]
 
 
 @keras.saving.register_keras_serializable(package="equalize")

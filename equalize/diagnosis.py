@@ -20,6 +20,17 @@ class Finding:
         subject: The group, or the layer, that it is about.
         message: What was found.
         fix: What to do about it.
+
+    Example:
+    >>> import keras, equalize
+    >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Sequential([keras.Input((2,)), first, second])
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+    >>> changed = first.kernel.assign(keras.ops.ones((2, 2)))
+    >>> (finding,) = registry.diagnose()
+    >>> finding.kind, finding.subject, finding.fix
+    ('unequal', 'pair', 'Call `registry.sync()`.')
     """
 
     kind: str
@@ -39,7 +50,7 @@ def findings(groups: Sequence[Group], models: Sequence[keras.Model], *, monitore
         models: The models that the registry has linked.
         monitored: Whether a `TieMonitor` looks after the groups.
     """
-    found = [*_unequal(groups)]
+    found = [*_unequal(groups), *_lost(groups)]
     for model in models:
         found += _undone(model)
         optimizers = from_outside_in(getattr(model, "optimizer", None))
@@ -61,6 +72,20 @@ def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
                 group.name,
                 f"the members of a hard group differ by up to {group.spread():g}.",
                 "Call `registry.sync()`.",
+            )
+
+
+def _lost(groups: Iterable[Group]) -> Iterator[Finding]:
+    """Variables that layers no longer have. The group goes on without them."""
+    for group in groups:
+        if group.lost:
+            listed = ", ".join(f"'{path}'" for path in group.lost)
+            yield Finding(
+                "lost",
+                group.name,
+                f"{listed} no longer exist, and the group ties the {len(group.members)} members that are left.",
+                "Building a layer anew and quantization make new variables: tie those with `registry.tie`. If a model "
+                "was deleted, there is nothing to do.",
             )
 
 

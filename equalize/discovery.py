@@ -114,7 +114,8 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
     if layers and len(layers) == len(members):
         if len(layers) == 1:
             raise GroupMismatchError(
-                f"Group '{name}' has one member: layer '{layers[0].name}'. Expected: at least two layers."
+                f"Group '{name}' has one member: layer '{layers[0].name}'. Expected: at least two layers. To tie "
+                "weights inside one layer, name its variables."
             )
         paired = pairing.paired_weights(f"Cannot tie layers into group '{name}'", layers)
         return {f"{name}/{place}": [Member(v) for v in variables] for place, variables in paired.items()}, True
@@ -124,7 +125,9 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
             f"layer, for instance `{layers[0].name}.kernel`."
         )
     if not members:
-        raise GroupMismatchError(f"Group '{name}' has no members. Expected: at least two.")
+        raise GroupMismatchError(
+            f"Group '{name}' has no members. Expected: at least two variables, arrays or layers. Received: {members!r}."
+        )
     named: list[Any] = [member[0] if isinstance(member, tuple) and member else member for member in members]
     variables = [member for member in named if backend.is_variable(member)]
     dtype = keras.backend.standardize_dtype(variables[0].dtype) if variables else None

@@ -31,6 +31,14 @@ class Group:
     Raises:
         TypeError: An argument is of the wrong type.
         EqualizeError: The name is blank.
+
+    Example:
+    >>> import keras, equalize
+    >>> first, second = keras.layers.Dense(4), keras.layers.Dense(4)
+    >>> model = keras.Sequential([keras.Input((4,)), first, second])
+    >>> group = equalize.GroupRegistry().tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+    >>> group.name, group.hard, len(group.members), group.spread(), tuple(group.value.shape)
+    ('pair', True, 2, 0.0, (4, 4))
     """
 
     def __init__(self, name: str, members: Sequence[Member], rule: Any, *, declared: bool = False):
@@ -51,6 +59,11 @@ class Group:
     def members(self) -> tuple[Member, ...]:
         """The members whose variables still exist."""
         return tuple(member for member in self._members if member.alive)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The paths of the members whose variables no longer exist."""
+        return tuple(member.path for member in self._members if not member.alive)
 
     @property
     def rule(self) -> Any:
@@ -306,10 +319,11 @@ class Group:
             if not member.anchor and not backend.visible(member.variable):
                 seen = ", ".join(str(m) for m in members if backend.visible(m.variable))
                 raise EqualizeError(
-                    f"Group '{self.name}' cannot reach its member {member} in this step. It sees: {seen}. On JAX an "
-                    "optimizer or a loss carries only the variables that it was given, and a change of any other is "
-                    "lost. Train all members with one optimizer in one model, or apply the optimizers inside one "
-                    "`keras.StatelessScope` that is given the variables of all."
+                    f"Group '{self.name}' cannot reach its member {member} in this step. Expected: a step "
+                    f"over all members; it sees: {seen}. On JAX an optimizer or a loss carries only the variables that "
+                    "it was given, and a change of any other is lost. Train all members with one optimizer in one "
+                    "model, or apply the optimizers inside one `keras.StatelessScope` that is given the variables of "
+                    "all."
                 )
 
     def _require_values(self, members: Sequence[Member]) -> None:

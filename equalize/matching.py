@@ -43,7 +43,7 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
     count = member_rules[0].count
     if count not in (None, len(members)):
         raise GroupMismatchError(
-            f"Cannot tie group '{name}': {member_rules[0].describe()} is for {count} members; received "
+            f"Cannot tie group '{name}': expected {count} members, as {member_rules[0].describe()} has; received "
             f"{len(members)}. Give `factor` a row and a column for each member, in this order.{listing(members)}"
         )
     if not keras.backend.is_float_dtype(_dtype(first)):
@@ -143,4 +143,4 @@ def _dtype(member: Member) -> str:
 
 
 def _written(rule: Rule) -> str:
-    return f"{type(rule).__name__}{rule.common_config()}"
+    return f"{type(rule).__name__}({', '.join(f'{key}={value!r}' for key, value in rule.common_config().items())})"

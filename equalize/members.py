@@ -27,6 +27,15 @@ class Member:
     Raises:
         TypeError: An argument is of the wrong type.
         EqualizeError: The weight is not positive, or not finite.
+
+    Example:
+    >>> import keras, equalize
+    >>> encoder, decoder = keras.layers.Dense(2), keras.layers.Dense(4)
+    >>> model = keras.Sequential([keras.Input((4,)), encoder, decoder])
+    >>> members = [encoder.kernel, (decoder.kernel, equalize.views.Transpose())]
+    >>> group = equalize.GroupRegistry().tie("pair", members, equalize.constraints.Equal())
+    >>> [(member.path.endswith("kernel"), member.view, member.anchor) for member in group.members]
+    [(True, None, False), (True, Transpose(axes=None), False)]
     """
 
     def __init__(
@@ -48,7 +57,11 @@ class Member:
         """The `keras.Variable`; for a constant, one that is not trainable and that nobody else has."""
         variable = self._variable()
         if variable is None:
-            raise EqualizeError(f"The variable '{self.path}' no longer exists: its model has been deleted.")
+            raise EqualizeError(
+                f"The variable '{self.path}' no longer exists: its model has been deleted. Expected: a member of a "
+                "model that is kept. Read members anew from the registry, `registry[name].members`: it lists those "
+                "that exist."
+            )
         return variable
 
     @property

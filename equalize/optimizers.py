@@ -1,4 +1,4 @@
-"""Optimizers that tie: one update for a whole group, from the sum of its members' gradients."""
+"""Optimizers that tie: `TiedOptimizer` makes one update for a whole group, from the sum of its members' gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +13,8 @@ from equalize.groups import Group
 from equalize.leading import Lead
 from equalize.projections import Tensor
 from equalize.registry import GroupRegistry, checked_registry
+
+__all__ = ["TiedOptimizer"]
 
 _REDUCTIONS = ("sum", "mean")
 _KEYS = {"name", "inner_optimizer", "registry", "reduction", "handed"}
@@ -172,7 +174,10 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         trainable_variables: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         if not self.built:
-            raise EqualizeError("`stateless_apply` needs an optimizer that is built. Call `build(variables)` before.")
+            raise EqualizeError(
+                "`stateless_apply` needs an optimizer that is built. Received: one that is not. Call "
+                "`build(variables)` before."
+            )
         variables = self._trainable_variables
         scales = zip(self.inner_optimizer.variables, optimizer_variables, strict=True)
         values = zip(variables, trainable_variables, strict=True)
@@ -345,8 +350,8 @@ def _checked_optimizer(optimizer: Any) -> Any:
         ) from problem
     if isinstance(found, TiedOptimizer):
         raise EqualizeError(
-            f"`inner_optimizer` must not be a TiedOptimizer itself. Received: {received(found)}. Give one of them a "
-            "registry with all groups."
+            f"`inner_optimizer` must not be a TiedOptimizer itself. Received: the TiedOptimizer '{found.name}'. Give "
+            "one of them a registry with all groups."
         )
     return found
 

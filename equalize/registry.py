@@ -2,17 +2,16 @@
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 
-from equalize import arguments, binding, discovery, persistence, planning, reporting, retracing
-from equalize.advice import Advice, advise
+from equalize import arguments, binding, discovery, persistence, planning, retracing
 from equalize.arguments import received
-from equalize.diagnosis import Finding, findings
-from equalize.errors import EqualizeError, TieBrokenError
+from equalize.errors import EqualizeError
 from equalize.groups import Group
+from equalize.inspection import Inspection
 from equalize.projections import Tensor
 from equalize.rules import Rule
 
@@ -20,7 +19,7 @@ _INITIAL = ("first", "mean", "strict")
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class GroupRegistry(Mapping[str, Group]):
+class GroupRegistry(Inspection):
     """Links the variables of a model into groups that are kept equal, or close, while the model trains.
 
     A constraint or a regularizer is called for one variable and knows of no other. The registry is where the others
@@ -196,99 +195,6 @@ class GroupRegistry(Mapping[str, Group]):
             if group.projects:
                 group.project()
 
-    def spread(self) -> dict[str, float]:
-        """The largest entry of max − min over the members of each group: 0.0 where they are equal."""
-        return {name: group.spread() for name, group in self.items()}
-
-    def check(self, atol: float = 0.0) -> None:
-        """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`.
-
-        Args:
-            atol: The largest spread that counts as equal. 0.0 asks for equal bits.
-
-        Raises:
-            TieBrokenError: The members of a hard group are further apart.
-            EqualizeError: `atol` is negative or not finite.
-            TypeError: `atol` is no number.
-        """
-        atol = arguments.number("atol", atol, low=0.0)
-        broken = {name: s for name, s in self.spread().items() if self[name].hard and not s <= atol}
-        if broken:
-            lines = "".join(
-                f"\n    '{name}': spread {spread:g}, members {', '.join(str(m) for m in self[name].members)}"
-                for name, spread in broken.items()
-            )
-            raise TieBrokenError(
-                f"{len(broken)} of {sum(group.hard for group in self.values())} hard groups are not equal; expected a "
-                f"spread of at most {atol:g}, received:{lines}\n"
-                "Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the "
-                "members equal again."
-            )
-
-    def summary(self, print_fn: Any = None) -> None:
-        """Prints a table of the groups: rule, members, weights stored and free, and how far apart the members are.
-
-        Args:
-            print_fn: Called with the table as text; by default it is printed, in color where the terminal has it.
-        """
-        _require_printer(print_fn)
-        reporting.print_summary(list(self.values()), len(self.diagnose()), print_fn)
-
-    def diagnose(self) -> list[Finding]:
-        """What may go wrong with the ties though nothing is broken yet, each with a fix.
-
-        Looks at the groups, and at the models that were linked with their optimizers: averaging of weights without a
-        monitor, clipping by the global norm, weight decay of some members only, partial averaging under gradient
-        accumulation, rules that LoRA or quantization dropped or that were never linked, members that an optimizer on
-        JAX does not reach, hard groups that are not equal.
-
-        Returns:
-            A list of findings, empty where there is nothing to say. Print one to read it.
-        """
-        return findings(list(self.values()), list(self._models), monitored=len(self.monitors) > 0)
-
-    def advise(
-        self,
-        model: keras.Model,
-        x: Any,
-        y: Any,
-        *,
-        names: Sequence[str] = (),
-        batch_size: int = 256,
-        print_fn: Any = None,
-    ) -> dict[str, Advice]:
-        """Is it worth tying? Prints what data say about each group, and returns it.
-
-        For each group: how well the members' gradients agree on the data, how far apart the members are, and what
-        the loss would be if they were equal now. The penalties of soft groups are left out of the loss, since they
-        are not what data say. Give held-out data to see what tying does to them. To ask before anything is tied, tie
-        softly with `factor=0.0`.
-
-        A rough reading: where gradients agree (cosine well above 0) and the loss hardly rises, tie hard; where they
-        agree and the loss rises, tie softly; where they disagree (cosine at or below 0), leave the members free.
-
-        Args:
-            model: A compiled model that all members belong to.
-            x: Inputs, an array or a structure of arrays.
-            y: Targets, likewise.
-            names: Names of groups, or of ties of layers; all where none is given.
-            batch_size: How many samples to look at in one go.
-            print_fn: Called with the table as text; by default it is printed.
-
-        Returns:
-            An `equalize.advice.Advice` for each group, by name.
-
-        Raises:
-            EqualizeError: The model is not compiled or lacks a member, inputs and targets do not hold the same number
-                of samples, at least one, the model cannot compute its loss of them, or `batch_size` is below 1.
-            TypeError: An argument is of the wrong type.
-        """
-        _require_printer(print_fn)
-        groups = self.select(arguments.names("names", names))
-        advice = advise(groups, model, x, y, arguments.integer("batch_size", batch_size, low=1))
-        reporting.print_advice(advice, print_fn)
-        return {each.group: each for each in advice}
-
     def select(self, names: Sequence[str]) -> list[Group]:
         """The groups of these names, or those of a tie of layers that has the name; all without a name.
 
@@ -302,7 +208,7 @@ class GroupRegistry(Mapping[str, Group]):
             below = {key: group for key, group in self.items() if key.startswith(f"{name}/")}
             below = {name: self[name]} if name in self else below
             if not below:
-                raise EqualizeError(f"There is no group '{name}'. Expected one of: {list(self)}.")
+                raise EqualizeError(_unknown(name, self))
             selected |= below
         return list(selected.values())
 
@@ -329,10 +235,9 @@ class GroupRegistry(Mapping[str, Group]):
         return GroupRegistry.from_config, (self.get_config(),)
 
     def __getitem__(self, name: str) -> Group:
-        group = self._groups[name]
-        if len(group.members) == sum(member.constant for member in group.members):
-            raise KeyError(name)
-        return group
+        if name not in self:
+            raise KeyError(_unknown(name, self))
+        return self._groups[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name in self._groups if name in self])
@@ -341,14 +246,8 @@ class GroupRegistry(Mapping[str, Group]):
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        try:
-            self[name]  # type: ignore[index]
-        except KeyError:
-            return False
-        return True
-
-    def __repr__(self) -> str:
-        return f"<GroupRegistry: {', '.join(map(repr, self.values())) or 'no groups'}>"
+        group = self._groups.get(name)  # type: ignore[arg-type]
+        return group is not None and any(not member.constant for member in group.members)
 
     def _add(self, group: Group) -> Group:
         self._groups[group.name] = group
@@ -366,6 +265,7 @@ def _variables(groups: Iterable[Group]) -> list[keras.Variable]:
     return [member.variable for group in groups for member in group.members]
 
 
-def _require_printer(print_fn: Any) -> None:
-    if print_fn is not None:
-        arguments.function("print_fn", print_fn, "of a text, or None")
+def _unknown(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    fix = f"Expected one of: {names}." if names else "Expected: a name that was linked or tied; there is none yet."
+    return f"There is no group {name!r}. {fix}"

@@ -1,4 +1,9 @@
-"""Regularizers that tie: penalties on the distance between the members of a group."""
+"""Regularizers that tie: penalties on the distance between the members of a group.
+
+`MeanL2` pulls to the mean, `PairwiseL2`, `PairwiseNorm` and `PairwiseL1` each member to each other, `ChainL2` each to
+the next one, and `TraceNorm` all into few dimensions. All are Keras regularizers, for the arguments
+`kernel_regularizer`, `bias_regularizer` and so on of layers.
+"""
 
 from collections.abc import Sequence
 

@@ -1,14 +1,23 @@
-"""The table that `GroupRegistry.summary` prints."""
+"""What a registry shows of itself: tables for terminals, logs and notebooks."""
 
+import html
 import math
 from collections.abc import Callable, Sequence
 
+import rich.box
 import rich.console
 import rich.markup
 import rich.table
 
 from equalize.advice import Advice
 from equalize.groups import Group
+
+# Logs are read in editors and mail, and by programs that know ASCII only.
+_LOG_WIDTH = 80
+
+_TITLES = ("Group", "Rule", "Members", "Stored", "Free", "Spread")
+_TEXTS = 3  # the first of them are text, and the others numbers
+_NARROW = {"Group": 14, "Rule": 19}  # where there is little room it goes to the paths of members
 
 
 def print_summary(groups: Sequence[Group], findings: int = 0, print_fn: Callable[[str], object] | None = None) -> None:
@@ -17,14 +26,20 @@ def print_summary(groups: Sequence[Group], findings: int = 0, print_fn: Callable
     Args:
         groups: The groups of a registry.
         findings: How many findings `GroupRegistry.diagnose` has.
-        print_fn: Called with the text, free of escape codes; None prints to the terminal, as `model.summary()` does.
+        print_fn: Called with the text, free of escape codes and at most 80 columns wide; None prints to the terminal,
+            as `model.summary()` does.
     """
-    _print(lambda console: _render(console, groups, findings), print_fn)
+    plain = print_fn is not None
+
+    def render(console: rich.console.Console) -> None:
+        console.print(*summary_parts(groups, findings, console.width, plain=plain), sep="\n")
+
+    _print(render, print_fn)
 
 
 def print_advice(advice: Sequence[Advice], print_fn: Callable[[str], object] | None = None) -> None:
     """Prints one row a group: agreement of gradients, distance, and the loss now and tied."""
-    table = rich.table.Table()
+    table = rich.table.Table(box=_box(plain=print_fn is not None))
     table.add_column("Group", overflow="fold")
     for title in ("Gradients agree (cosine)", "Distance", "Loss now", "Loss if tied", "Rise"):
         table.add_column(title, justify="right")
@@ -34,14 +49,33 @@ def print_advice(advice: Sequence[Advice], print_fn: Callable[[str], object] | N
     _print(lambda console: console.print(table), print_fn)
 
 
-def _print(render: Callable[[rich.console.Console], None], print_fn: Callable[[str], object] | None) -> None:
-    if print_fn is None:
-        render(rich.console.Console(highlight=False))
-        return
-    console = rich.console.Console(highlight=False, force_terminal=False, color_system=None)
-    with console.capture() as capture:
-        render(console)
-    print_fn(capture.get())
+def summary_parts(
+    groups: Sequence[Group], findings: int, width: int, *, plain: bool = False
+) -> list[rich.console.RenderableType]:
+    """The table of the groups and the lines below it, for a console of rich that has this width."""
+    table = rich.table.Table(show_lines=True, box=_box(plain=plain), show_edge=False, pad_edge=False)
+    for place, title in enumerate(_TITLES):
+        most = _NARROW.get(title) if width <= _LOG_WIDTH + 20 else None
+        table.add_column(title, justify="left" if place < _TEXTS else "right", overflow="fold", max_width=most)
+    for group in groups:
+        table.add_row(*map(rich.markup.escape, _cells(group)))
+    return [table, *(rich.markup.escape(line) for line in _closing(groups, findings))]
+
+
+def summary_html(groups: Sequence[Group], findings: int) -> str:
+    """The same table for a notebook."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        sides = ["left"] * _TEXTS + ["right"] * (len(_TITLES) - _TEXTS)
+        written = [html.escape(cell).replace("\n", "<br>") for cell in cells]
+        return "".join(
+            f'<{tag} style="text-align: {side}; vertical-align: top">{cell}</{tag}>'
+            for side, cell in zip(sides, written, strict=True)
+        )
+
+    body = "".join(f"<tr>{row('td', _cells(group))}</tr>" for group in groups)
+    closing = "<br>".join(html.escape(line) for line in _closing(groups, findings))
+    return f"<table><thead><tr>{row('th', _TITLES)}</tr></thead><tbody>{body}</tbody></table><p>{closing}</p>"
 
 
 def weights_stored(groups: Sequence[Group]) -> int:
@@ -77,29 +111,31 @@ def weights_free(groups: Sequence[Group]) -> int:
     return common + sum(math.prod(variable.shape) for variable in loose.values())
 
 
-def _render(console: rich.console.Console, groups: Sequence[Group], findings: int) -> None:
-    table = rich.table.Table(show_lines=True)
-    for title, justify in (("Group", "left"), ("Rule", "left"), ("Members", "left")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for title in ("Stored", "Free", "Spread"):
-        table.add_column(title, justify="right", overflow="fold")
-    for group in groups:
-        members = "\n".join(
-            f"{m.path} {tuple(m.variable.shape)}{f' as {m.view!r}' if m.view else ''}{' (anchor)' if m.anchor else ''}"
-            for m in group.members
-        )
-        cells = (
-            group.name,
-            group.rule.describe(),
-            members,
-            f"{weights_stored([group]):,}",
-            f"{weights_free([group]):,}",
-            f"{group.spread():g}",
-        )
-        table.add_row(*map(rich.markup.escape, cells))
+def _print(render: Callable[[rich.console.Console], None], print_fn: Callable[[str], object] | None) -> None:
+    if print_fn is None:
+        render(rich.console.Console(highlight=False))
+        return
+    console = rich.console.Console(highlight=False, force_terminal=False, color_system=None, width=_LOG_WIDTH)
+    with console.capture() as capture:
+        render(console)
+    print_fn(capture.get())
+
+
+def _box(*, plain: bool) -> rich.box.Box:
+    return rich.box.ASCII if plain else rich.box.HEAVY_HEAD
+
+
+def _cells(group: Group) -> tuple[str, ...]:
+    members = "\n".join(
+        f"{m.path} {tuple(m.variable.shape)}{f' as {m.view!r}' if m.view else ''}{' (anchor)' if m.anchor else ''}"
+        for m in group.members
+    )
+    stored, free = weights_stored([group]), weights_free([group])
+    return group.name, group.rule.describe(), members, f"{stored:,}", f"{free:,}", f"{group.spread():.3g}"
+
+
+def _closing(groups: Sequence[Group], findings: int) -> list[str]:
     stored, free = weights_stored(groups), weights_free(groups)
     share = f" ({free / stored:.1%})" if stored else ""
-    console.print(table)
-    if findings:
-        console.print(f" Findings: {findings}; `registry.diagnose()` says what and how to mend it")
-    console.print(f" Total: {len(groups)} groups, {stored:,} weights stored, {free:,} weights free{share}")
+    found = [f"Findings: {findings}; `registry.diagnose()` says what and how to mend it"] if findings else []
+    return [*found, f"Total: {len(groups)} groups, {stored:,} weights stored, {free:,} weights free{share}"]

@@ -64,7 +64,10 @@ def _signed_permutations(views: tuple[View, ...], shape: tuple[int, ...]) -> lis
     size = int(np.prod(shape, dtype=int))
     probe = np.arange(1, size + 1, dtype="float32")
     if size >= 2**24:
-        raise EqualizeError(f"A symmetry of a variable of shape {shape} is too large: expected under 2**24 entries.")
+        raise EqualizeError(
+            f"A symmetry of a variable of shape {shape} is too large: expected fewer than 2**24 entries, received "
+            f"{size}. Constrain a smaller variable."
+        )
     found = {probe.tobytes(): (np.arange(size), np.ones(size))}
     maps = [(np.arange(size), np.ones(size))]
     for view in views:
@@ -77,7 +80,10 @@ def _signed_permutations(views: tuple[View, ...], shape: tuple[int, ...]) -> lis
             image = ops.convert_to_numpy(view.forward(ops.convert_to_tensor(probe.reshape(shape)))).reshape(-1)
         source = np.abs(image).astype("int64") - 1
         if not np.array_equal(np.sort(source), np.arange(size)):
-            raise EqualizeError(f"The view {view!r} changes more than the order and signs of entries: no group has it.")
+            raise EqualizeError(
+                f"The view {view!r} changes more than the order and signs of entries, so no finite group has it. "
+                "Expected: `Transpose`, `Flip`, `Rotate90`, `Scale(-1)`, or a `Chain` of them."
+            )
         maps.append((source, np.sign(image)))
         found[image.tobytes()] = maps[-1]
     for first, (source, sign) in zip(views, maps[1:], strict=True):

@@ -1,4 +1,7 @@
-"""Linear views: how a member of a group shows the group's common value.
+"""Linear views, `View`: how a member of a group shows the group's common value.
+
+`Transpose` permutes axes, `Flip` reverses them, `Rotate90` turns, `Scale` multiplies, `Slice` is a part, and `Chain` is
+several views in a row.
 
 A view V maps the common value c to what the member shows, w = V(c): a transposed copy, a flipped one, a multiple, a
 part. Each is a multiple of an isometry, Vᵀ·V = gain² · identity, so the best common value seen from one member alone
@@ -19,11 +22,24 @@ from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.projections import Tensor
 
+__all__ = ["Chain", "Flip", "Rotate90", "Scale", "Slice", "Transpose", "View"]
+
 Shape = tuple[int, ...]
 
 
 class View:
-    """Base of the views. Equal views have equal configs."""
+    """Base of the views. Equal views have equal configs.
+
+    It is what annotations and `isinstance` name. Each view is linear and stretches every value by one factor,
+    its `gain`.
+
+    Example:
+    >>> from equalize import views
+    >>> views.Flip(0) == views.Flip([0]), views.Flip(0) == views.Flip(1)
+    (True, False)
+    >>> views.Slice((0, 0), (4, 3)).common_shape((4, 8))
+    (4, 3)
+    """
 
     gain: float = 1.0
     """The factor by which the view stretches: ‖V(c)‖ = gain · ‖c‖."""
@@ -77,7 +93,8 @@ class View:
 
     def _misfit(self, shape: Sequence[int], expected: str) -> GroupMismatchError:
         return GroupMismatchError(
-            f"The view {self!r} does not fit a variable of shape {tuple(shape)}: expected {expected}."
+            f"The view {self!r} does not fit a variable of shape {tuple(shape)}: expected {expected}. Change the "
+            "view, or give it to another variable."
         )
 
 
@@ -143,7 +160,7 @@ class Flip(View):
     def __init__(self, axes: int | Sequence[int]):
         self.axes = arguments.integers("axes", axes)
         if not self.axes or len(set(self.axes)) != len(self.axes):
-            raise EqualizeError(f"`axes` must name axes once each. Received: {received(axes)}.")
+            raise EqualizeError(f"`axes` must name axes once each, and at least one. Received: {received(axes)}.")
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         return _flipped(common, self.axes)
@@ -154,7 +171,7 @@ class Flip(View):
     def common_shape(self, shape: Sequence[int]) -> Shape:
         inside = all(-len(shape) <= axis < len(shape) for axis in self.axes)
         if not inside or len({axis % len(shape) for axis in self.axes}) != len(self.axes):
-            raise self._misfit(shape, f"the different axes {list(self.axes)}")
+            raise self._misfit(shape, f"one with the different axes {list(self.axes)}")
         return tuple(shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -195,7 +212,7 @@ class Rotate90(View):
     def common_shape(self, shape: Sequence[int]) -> Shape:
         first, second = self.axes
         if not all(-len(shape) <= axis < len(shape) for axis in self.axes) or (first - second) % len(shape) == 0:
-            raise self._misfit(shape, f"axes {list(self.axes)}")
+            raise self._misfit(shape, f"one with the axes {list(self.axes)}")
         common = list(shape)
         if self.k % 2:
             common[first], common[second] = common[second], common[first]
@@ -279,7 +296,7 @@ class Slice(View):
         positive = min((*self.start_indices, 0)) >= 0 and min((*self.shape, 1)) >= 1
         if len(self.start_indices) != len(self.shape) or not self.shape or not positive:
             raise EqualizeError(
-                "`start_indices` and `shape` must be non-negative and positive numbers, one for each axis. "
+                "`start_indices` must be non-negative and `shape` positive, with one for each axis. "
                 f"Received: start_indices={received(start_indices)}, shape={received(shape)}."
             )
 
@@ -326,7 +343,7 @@ class Chain(View):
             if not isinstance(view, View):
                 raise TypeError(f"`views` must be views of equalize. Received: {received(view)}.")
         if not views:
-            raise EqualizeError("`Chain` needs a view. Received: nothing.")
+            raise EqualizeError("`Chain` needs a view. Expected: one or more. Received: none.")
         self.views = views
         self.gain = _checked_gain(
             math.prod(view.gain for view in views), f"`views` must not stretch so. Received: {views}."

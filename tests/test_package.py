@@ -1,13 +1,81 @@
+import inspect
+import types
+
+import keras
+import pytest
+
 import equalize
+import equalize.advice
+import equalize.diagnosis
+
+
+def public_names():
+    """Everything that a user can import, and what the registry's methods return, by its name."""
+    names = {}
+    for name in equalize.__all__:
+        thing = getattr(equalize, name)
+        if isinstance(thing, types.ModuleType):
+            names |= {f"{name}.{inner}": getattr(thing, inner) for inner in thing.__all__}
+        elif name != "__version__":
+            names[name] = thing
+    return names | {"Advice": equalize.advice.Advice, "Finding": equalize.diagnosis.Finding}
+
+
+PUBLIC = public_names()
+CLASSES = [name for name, thing in PUBLIC.items() if inspect.isclass(thing) and not issubclass(thing, Exception)]
+MODULES = [getattr(equalize, name) for name in equalize.__all__ if inspect.ismodule(getattr(equalize, name))]
 
 
 def test_all_is_what_imports():
-    assert all(hasattr(equalize, name) for name in equalize.__all__)
-    assert sorted(equalize.__all__) == equalize.__all__
+    for module in (equalize, *MODULES):
+        assert all(hasattr(module, name) for name in module.__all__)
+        assert sorted(module.__all__) == module.__all__
 
 
-def test_public_names_have_docstrings():
-    for module in (equalize.constraints, equalize.regularizers, equalize.errors):
-        assert module.__doc__
-    for thing in (equalize.Group, equalize.GroupRegistry, equalize.Member, equalize.constraints.Equal):
-        assert thing.__doc__
+def test_a_module_lists_all_that_it_makes_for_users():
+    for module in MODULES:
+        made = {
+            name
+            for name, thing in vars(module).items()
+            if inspect.isclass(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
+        }
+        assert made == set(module.__all__)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_a_docstring_with_an_example(name):
+    docstring = PUBLIC[name].__doc__
+    assert docstring.strip()
+    assert ">>> " in docstring
+    assert "Example:" in docstring
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_the_docstring_of_a_module_names_what_it_holds(module):
+    for name in module.__all__:
+        assert f"`{name}`" in module.__doc__
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_arguments_methods_and_properties_are_documented(name):
+    cls = PUBLIC[name]
+    arguments = inspect.signature(cls).parameters
+    if "Args:" in cls.__doc__:
+        assert all(f"    {argument}: " in cls.__doc__.replace("*", "") for argument in arguments)
+    else:  # what users do not make themselves, and what has nothing to give
+        assert not arguments or cls in MADE_BY_EQUALIZE
+    for attribute, member in inspect.getmembers(cls):
+        own = inspect.isfunction(member) or isinstance(member, property)
+        ours = str(getattr(getattr(member, "fget", member), "__module__", "")).startswith("equalize")
+        if own and ours and not attribute.startswith("_"):
+            assert inspect.getdoc(member) or hasattr(keras.optimizers.Optimizer, attribute), attribute
+
+
+MADE_BY_EQUALIZE = (
+    equalize.Group,
+    equalize.GroupRegistry,
+    equalize.Member,
+    equalize.advice.Advice,
+    equalize.diagnosis.Finding,
+    equalize.views.View,
+)

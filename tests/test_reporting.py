@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import rich.console
 
 import equalize
 from equalize import reporting
@@ -20,7 +21,7 @@ def test_summary_shows_rule_members_shapes_counts_and_spread():
     text = printed(registry)
     for part in ("hard", "Equal()", "soft", "MeanL2(factor=0.5)", "tower_1/kernel (5, 4)", "60", "20", "40"):
         assert part in text
-    assert f"{registry['soft'].spread():g}" in text
+    assert f"{registry['soft'].spread():.3g}" in text
     assert text.rstrip().endswith("Total: 2 groups, 80 weights stored, 40 weights free (50.0%)")
     assert "\x1b" not in text
 
@@ -53,3 +54,71 @@ def test_anchors_hold_and_constants_do_not_count():
 
 def test_an_empty_registry_has_a_summary():
     assert "Total: 0 groups, 0 weights stored, 0 weights free" in printed(equalize.GroupRegistry())
+
+
+def many(n=12):
+    model = towers(n)
+    registry = equalize.GroupRegistry()
+    registry.tie("a/rather/long/name/of/a/group", kernels(model), equalize.regularizers.PairwiseNorm(factor=0.125))
+    return model, registry
+
+
+def test_a_log_has_no_escape_codes_and_fits_80_columns_whatever_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    model, registry = many()
+    text = printed(registry)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.isascii()
+    assert all(f"tower_{i}/kernel" in text for i in range(12))
+    lines = []
+    x = np.zeros((4, 5), "float32")
+    model.compile("sgd", "mse")
+    registry.advise(model, x, x[:, :1], print_fn=lines.append)
+    assert max(map(len, lines[0].splitlines())) <= 80
+    assert lines[0].isascii()
+
+
+def test_a_terminal_shows_color_and_a_pipe_does_not(monkeypatch, capsys):
+    model, registry = many(2)
+    registry.summary()
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    registry.summary()
+    assert "\x1b" in capsys.readouterr().out
+    del model
+
+
+def test_a_notebook_shows_a_table_with_names_as_they_are():
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("<script>", kernels(model), equalize.constraints.Equal())
+    html = registry._repr_html_()
+    assert "&lt;script&gt;" in html
+    assert "<script>" not in html
+    assert html.count("<tr>") == 2
+    assert "tower_0/kernel (5, 4)<br>tower_1/kernel (5, 4)" in html
+    assert "Total: 1 groups, 40 weights stored, 20 weights free (50.0%)" in html
+
+
+def test_rich_shows_the_table():
+    model, registry = many(2)
+    console = rich.console.Console(width=100, force_terminal=False)
+    with console.capture() as capture:
+        console.print(registry)
+    assert "Total: 1 groups" in capture.get()
+    assert "Members" in capture.get()
+    del model
+
+
+def test_a_bar_shows_on_a_terminal_while_the_data_are_asked_and_nowhere_else(monkeypatch, capfd):
+    model, registry = many(2)
+    model.compile("sgd", "mse")
+    x = np.zeros((4, 5), "float32")
+    registry.advise(model, x, x[:, :1], print_fn=lambda text: None)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    registry.advise(model, x, x[:, :1], batch_size=1, print_fn=lambda text: None)
+    assert "Asking the data" in capfd.readouterr().err

@@ -133,10 +133,12 @@ def test_other_rules_take_one_number(rule):
 
 def test_a_matrix_of_another_size_names_the_group_and_its_members_and_changes_nothing():
     model = towers(3)
-    with pytest.raises(GroupMismatchError, match=r"(?s)group 'g': PairwiseL2.*for 4 members; received 3.*'tower_0/k"):
+    with pytest.raises(
+        GroupMismatchError, match=r"(?s)group 'g': expected 4 members, as PairwiseL2.*received 3.*'tower_0/k"
+    ):
         equalize.GroupRegistry().tie("g", kernels(model), PairwiseL2(factor=MATRIX))
     assert all(kernel.regularizer is None for kernel in kernels(model))
-    with pytest.raises(GroupMismatchError, match=r"(?s)group 'h'.*for 4 members; received 3.*'tower_2/kernel'"):
+    with pytest.raises(GroupMismatchError, match=r"(?s)group 'h'.*expected 4 members.*received 3.*'tower_2/kernel'"):
         equalize.GroupRegistry().link(towers(3, regularizer=lambda: PairwiseNorm("h", MATRIX)))
 
 

@@ -1,0 +1,154 @@
+"""What a registry tells about its groups, without changing anything."""
+
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import rich.console
+
+from equalize import arguments, plotting, reporting
+from equalize.advice import Advice, advise
+from equalize.diagnosis import Finding, findings
+from equalize.errors import TieBrokenError
+from equalize.groups import Group
+
+
+class Inspection(Mapping[str, Group]):
+    """The part of `equalize.GroupRegistry` that looks at groups: tables, pictures, findings, checks."""
+
+    monitors: weakref.WeakSet[Any]
+    _models: weakref.WeakSet[keras.Model]
+
+    def select(self, names: Sequence[str]) -> list[Group]:
+        """The groups of these names, or those of a tie of layers that has the name; all without a name."""
+        raise NotImplementedError
+
+    def spread(self) -> dict[str, float]:
+        """The largest entry of max − min over the members of each group: 0.0 where they are equal."""
+        return {name: group.spread() for name, group in self.items()}
+
+    def check(self, atol: float = 0.0) -> None:
+        """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`.
+
+        Args:
+            atol: The largest spread that counts as equal. 0.0 asks for equal bits.
+
+        Raises:
+            TieBrokenError: The members of a hard group are further apart.
+            EqualizeError: `atol` is negative or not finite.
+            TypeError: `atol` is no number.
+        """
+        atol = arguments.number("atol", atol, low=0.0)
+        broken = {name: s for name, s in self.spread().items() if self[name].hard and not s <= atol}
+        if broken:
+            lines = "".join(
+                f"\n    '{name}': spread {spread:g}, members {', '.join(str(m) for m in self[name].members)}"
+                for name, spread in broken.items()
+            )
+            raise TieBrokenError(
+                f"{len(broken)} of {sum(group.hard for group in self.values())} hard groups are not equal; expected a "
+                f"spread of at most {atol:g}, received:{lines}\n"
+                "Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the "
+                "members equal again."
+            )
+
+    def summary(self, print_fn: Any = None) -> None:
+        """Prints a table of the groups: rule, members, weights stored and free, and how far apart the members are.
+
+        A registry that ends a notebook's cell shows the same table, and so does `rich.print(registry)`.
+
+        Args:
+            print_fn: Called with the table as plain text of at most 80 columns, for a log; by default it is printed,
+                in color where the terminal has it.
+        """
+        _require_printer(print_fn)
+        reporting.print_summary(list(self.values()), len(self.diagnose()), print_fn)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws which layers each group ties, and how far apart its members are.
+
+        Above, a row for each group with a mark in the column of each layer that it ties. Below, a heat map for each
+        group: the largest entry of |w_i − w_j| for each pair of members, as their views pull them back. All maps have
+        one scale. A group of n members costs n·(n − 1)/2 comparisons.
+
+        Args:
+            path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
+
+        Raises:
+            EqualizeError: The registry has no group.
+            ImportError: matplotlib is not installed; the extra `plot` brings it.
+        """
+        plotting.plot_groups(list(self.values()), path)
+
+    def diagnose(self) -> list[Finding]:
+        """What may go wrong with the ties though nothing is broken yet, each with a fix.
+
+        Looks at the groups, and at the models that were linked with their optimizers: averaging of weights without a
+        monitor, clipping by the global norm, weight decay of some members only, partial averaging under gradient
+        accumulation, rules that LoRA or quantization dropped or that were never linked, members that an optimizer on
+        JAX does not reach, members that no longer exist, hard groups that are not equal.
+
+        Returns:
+            A list of findings, empty where there is nothing to say. Print one to read it.
+        """
+        return findings(list(self.values()), list(self._models), monitored=len(self.monitors) > 0)
+
+    def advise(
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any,
+        *,
+        names: Sequence[str] = (),
+        batch_size: int = 256,
+        print_fn: Any = None,
+    ) -> dict[str, Advice]:
+        """Is it worth tying? Prints what data say about each group, and returns it.
+
+        For each group: how well the members' gradients agree on the data, how far apart the members are, and what
+        the loss would be if they were equal now. The penalties of soft groups are left out of the loss, since they
+        are not what data say. Give held-out data to see what tying does to them. To ask before anything is tied, tie
+        softly with `factor=0.0`. Each group takes two passes over the data; a terminal shows a bar meanwhile.
+
+        A rough reading: where gradients agree (cosine well above 0) and the loss hardly rises, tie hard; where they
+        agree and the loss rises, tie softly; where they disagree (cosine at or below 0), leave the members free.
+
+        Args:
+            model: A compiled model that all members belong to.
+            x: Inputs, an array or a structure of arrays.
+            y: Targets, likewise.
+            names: Names of groups, or of ties of layers; all where none is given.
+            batch_size: How many samples to look at in one go.
+            print_fn: Called with the table as plain text of at most 80 columns; by default it is printed.
+
+        Returns:
+            An `equalize.advice.Advice` for each group, by name.
+
+        Raises:
+            EqualizeError: The model is not compiled or lacks a member, inputs and targets do not hold the same number
+                of samples, at least one, the model cannot compute its loss of them, or `batch_size` is below 1.
+            TypeError: An argument is of the wrong type.
+        """
+        _require_printer(print_fn)
+        groups = self.select(arguments.names("names", names))
+        advice = advise(groups, model, x, y, arguments.integer("batch_size", batch_size, low=1))
+        reporting.print_advice(advice, print_fn)
+        return {each.group: each for each in advice}
+
+    def __repr__(self) -> str:
+        return f"<GroupRegistry: {', '.join(map(repr, self.values())) or 'no groups'}>"
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
+        yield from reporting.summary_parts(list(self.values()), len(self.diagnose()), options.max_width)
+
+    def _repr_html_(self) -> str:
+        return reporting.summary_html(list(self.values()), len(self.diagnose()))
+
+
+def _require_printer(print_fn: Any) -> None:
+    if print_fn is not None:
+        arguments.function("print_fn", print_fn, "of a text, or None")

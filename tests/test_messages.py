@@ -1,0 +1,1578 @@
+"""Every message that equalize raises, provoked, printed and pinned, to be read as one text.
+
+Each function below does what a user may do wrong. What it raises is pinned above it, wrapped at 100 columns. A place in
+equalize that raises and that none of them reaches fails `test_every_place_that_raises_is_reached`.
+"""
+
+import ast
+import copy
+import functools
+import pathlib
+import re
+import sys
+import textwrap
+import traceback
+from collections import Counter
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import equalize
+from equalize.callbacks import FactorSchedule, TieMonitor
+from equalize.constraints import Equal, Invariant
+from equalize.optimizers import TiedOptimizer
+from equalize.regularizers import MeanL2, PairwiseL2
+from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
+from tests.conftest import BACKEND
+
+FOLDER = pathlib.Path(equalize.__file__).parent
+CASES = {}
+
+# Places that only a step on JAX reaches, by file and function.
+ON_JAX = {("groups.py", name) for name in ("_anchored_value", "_require_reach", "_require_values")}
+
+
+def message(pinned, *, on=BACKEND):
+    """Registers a provocation with the message that is expected of it; `on` names the backend that it takes."""
+
+    def register(provoke):
+        assert provoke.__name__ not in CASES
+        CASES[provoke.__name__] = (provoke, textwrap.dedent(pinned).strip("\n"), on)
+        return provoke
+
+    return register
+
+
+def wrapped(text):
+    lines = text.split("\n")
+    inner = [textwrap.wrap(line, 100, break_long_words=False, break_on_hyphens=False) for line in lines]
+    return "\n".join("\n".join(parts) for parts in inner)
+
+
+@functools.cache
+def raised(provoke):
+    """What a provocation raises. Several tests ask, and some provocations train a model."""
+    with pytest.raises((equalize.errors.EqualizeError, TypeError, KeyError, ImportError, UserWarning)) as caught:
+        provoke()
+    return caught.value
+
+
+def said(error):
+    return error.args[0] if isinstance(error, KeyError) else str(error)
+
+
+def places_that_raise():
+    """File, first and last line, and function of every `raise` and warning with a message."""
+    places = []
+    for file in sorted(FOLDER.glob("*.py")):
+        tree = ast.parse(file.read_text("utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for node in ast.walk(tree):
+            warns = isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"
+            raises = isinstance(node, ast.Raise) and ast.unparse(node) != "raise NotImplementedError"
+            if warns or raises:
+                inside = [f.name for f in functions if f.lineno <= node.lineno <= (f.end_lineno or 0)]
+                places.append((file.name, node.lineno, node.end_lineno, inside[-1]))
+    return places
+
+
+def place_of(error):
+    """Where equalize raised the error: file and line."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if pathlib.Path(frame.filename).parent == FOLDER
+    ]
+    return pathlib.Path(frames[-1].filename).name, frames[-1].lineno
+
+
+def here(case):
+    return CASES[case][2] == BACKEND
+
+
+# ---- what the provocations share
+
+
+def dense(*names, units=3, inputs=4, **arguments):
+    """Built layers."""
+    layers = [keras.layers.Dense(units, name=name, **arguments) for name in names]
+    for layer in layers:
+        layer.build((None, inputs))
+    return layers
+
+
+def kernels(*names, **arguments):
+    return [layer.kernel for layer in dense(*names, **arguments)]
+
+
+def variable(shape, name, dtype="float32", trainable=True, value=0.0):
+    return keras.Variable(np.full(shape, value), name=name, dtype=dtype, trainable=trainable)
+
+
+def tied(rule=None, **arguments):
+    """A registry with a group of two kernels, and what holds them."""
+    layers = dense("left", "right", **arguments)
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [layer.kernel for layer in layers], Equal() if rule is None else rule)
+    return registry, layers
+
+
+def model_of(*layers):
+    inputs = keras.Input((4,), name="inputs")
+    return keras.Model(inputs, [layer(inputs) for layer in layers], name="model")
+
+
+def compiled(rule=None):
+    layers = [keras.layers.Dense(3, name=name) for name in ("left", "right")]
+    model = model_of(*layers)
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [layer.kernel for layer in layers], Equal() if rule is None else rule)
+    model.compile("sgd", ["mse", "mse"])
+    return registry, model
+
+
+def damaged(change):
+    registry, _layers = tied()
+    config = copy.deepcopy(registry.get_config())
+    changed = change(config)
+    return equalize.GroupRegistry.from_config(config if changed is None else changed)
+
+
+# ---- rules
+
+
+@message(
+    """
+    `group` must not be empty. Expected the name of a group. Received: ''.
+    """
+)
+def empty_group():
+    Equal("")
+
+
+@message(
+    """
+    `group` must be a string, the name of a group. Received: 3 of type <class 'int'>.
+    """
+)
+def group_of_another_type():
+    Equal(3)
+
+
+@message(
+    """
+    `rate` must be a finite number in (0, 1]. Received: 2.0.
+    """
+)
+def rate_out_of_range():
+    Equal("pair", rate=2.0)
+
+
+@message(
+    """
+    `factor` must be a finite number in [0, inf). Received: -1.0.
+    """
+)
+def factor_out_of_range():
+    MeanL2("pair", -1.0)
+
+
+@message(
+    """
+    `rate` must be a number. Received: 'half' of type <class 'str'>.
+    """
+)
+def rate_of_another_type():
+    Equal("pair", rate="half")
+
+
+@message(
+    """
+    `view` must be a view of `equalize.views`, for instance `Transpose()`. Received: 'Transpose' of type
+    <class 'str'>.
+    """
+)
+def view_of_another_type():
+    Equal("pair", view="Transpose")
+
+
+@message(
+    """
+    `inner` must be a Keras constraint, its config or its name. Received: 'no such constraint'.
+    """
+)
+def inner_that_is_none():
+    Equal("pair", inner="no such constraint")
+
+
+@message(
+    """
+    `inner` must not tie: a variable belongs to one hard group. Received: <Equal() of group 'other'>
+    inside group 'pair'. Give all members one group name.
+    """
+)
+def inner_that_ties():
+    Equal("pair", inner=Equal("other"))
+
+
+@message(
+    """
+    Equal(group='pair') on 'left/kernel' has never been linked, so it ties nothing. Expected: a registry
+    that knows the model before training starts. Call `equalize.GroupRegistry().link(model)` once the
+    model is built (and again after loading or cloning it).
+    """
+)
+def rule_that_was_never_linked():
+    (kernel,) = kernels("left")
+    Equal("pair")(kernel)
+
+
+@message(
+    """
+    `factor` must be a number, or a symmetric matrix of them with a row and a column for each member.
+    Received rows of different lengths: [[0, 1], [1]].
+    """
+)
+def matrix_with_rows_of_different_lengths():
+    PairwiseL2(factor=[[0, 1], [1]])
+
+
+@message(
+    """
+    `factor` must be a number, or a symmetric matrix of them with a row and a column for each member.
+    Received: [['a', 'b'], ['b', 'a']].
+    """
+)
+def matrix_of_another_type():
+    PairwiseL2(factor=[["a", "b"], ["b", "a"]])
+
+
+@message(
+    """
+    `factor` must be a number, or a symmetric matrix of them with a row and a column for each member.
+    Received an array of shape (2, 3).
+    """
+)
+def matrix_that_is_not_square():
+    PairwiseL2(factor=[[0, 1, 2], [1, 0, 2]])
+
+
+@message(
+    """
+    `factor` must be a number, or a symmetric matrix of them with a row and a column for each member.
+    Expected what the transposed entry is; received 1 in row 0 and column 1, and 2 in row 1 and column
+    0.
+    """
+)
+def matrix_that_is_not_symmetric():
+    PairwiseL2(factor=[[0, 1], [2, 0]])
+
+
+@message(
+    """
+    `factor` must be a number, or a symmetric matrix of them with a row and a column for each member.
+    Expected finite numbers that are not negative; received -1 in row 0 and column 1, and -1 in row 1
+    and column 0.
+    """
+)
+def matrix_with_a_negative_entry():
+    PairwiseL2(factor=[[0, -1], [-1, 0]])
+
+
+@message(
+    """
+    `views` must be a list of views. Received: Flip(axes=[0]) of type <class 'equalize.views.Flip'>.
+    """
+)
+def views_that_are_no_list():
+    Invariant(Flip(0))
+
+
+@message(
+    """
+    `views` must hold at least one view. Received: [].
+    """
+)
+def no_views():
+    Invariant([])
+
+
+# ---- views
+
+
+@message(
+    """
+    `axes` must be a permutation of 0, 1, ..., n − 1. Received: (0, 2).
+    """
+)
+def transpose_by_no_permutation():
+    Transpose((0, 2))
+
+
+@message(
+    """
+    `axes` must name axes once each, and at least one. Received: ().
+    """
+)
+def flip_of_no_axis():
+    Flip(())
+
+
+@message(
+    """
+    `axes` must be integers. Received: 'rows' of type <class 'str'>.
+    """
+)
+def axes_of_another_type():
+    Flip("rows")
+
+
+@message(
+    """
+    `axes` must be two different axes. Received: (0, 0).
+    """
+)
+def rotation_in_no_plane():
+    Rotate90(1, (0, 0))
+
+
+@message(
+    """
+    `factor` must be a number. Received: '2' of type <class 'str'>.
+    """
+)
+def scale_of_another_type():
+    Scale("2")
+
+
+@message(
+    """
+    `factor` must be finite and not 0. Received: 0.
+    """
+)
+def scale_by_nothing():
+    Scale(0)
+
+
+@message(
+    """
+    `start_indices` must be non-negative and `shape` positive, with one for each axis. Received:
+    start_indices=(0, 0), shape=(4,).
+    """
+)
+def slice_of_nothing():
+    Slice((0, 0), (4,))
+
+
+@message(
+    """
+    `views` must be views of equalize. Received: 'Transpose' of type <class 'str'>.
+    """
+)
+def chain_of_other_things():
+    Chain("Transpose")
+
+
+@message(
+    """
+    `Chain` needs a view. Expected: one or more. Received: none.
+    """
+)
+def chain_of_nothing():
+    Chain()
+
+
+@message(
+    """
+    Cannot tie 'two' into group 'pair': The view Transpose(axes=[0, 2, 1]) does not fit a variable of
+    shape (4, 3): expected 3 axes. Change the view, or give it to another variable.
+    """
+)
+def transpose_that_does_not_fit():
+    equalize.GroupRegistry().tie(
+        "pair", [variable((4, 3), "one"), (variable((4, 3), "two"), Transpose((0, 2, 1)))], Equal()
+    )
+
+
+@message(
+    """
+    The view Transpose(axes=[0, 2, 1]) does not fit a variable of shape (4, 3): expected 3 axes. Change
+    the view, or give it to another variable.
+    """
+)
+def transpose_of_another_number_of_axes():
+    Transpose((0, 2, 1)).common_shape((4, 3))
+
+
+@message(
+    """
+    The view Flip(axes=[2]) does not fit a variable of shape (4, 3): expected one with the axes [2].
+    Change the view, or give it to another variable.
+    """
+)
+def flip_that_does_not_fit():
+    Flip(2).common_shape((4, 3))
+
+
+@message(
+    """
+    The view Rotate90(k=1, axes=[0, 1]) does not fit a variable of shape (4,): expected one with the
+    axes [0, 1]. Change the view, or give it to another variable.
+    """
+)
+def rotation_that_does_not_fit():
+    Rotate90().common_shape((4,))
+
+
+@message(
+    """
+    The view Slice(start_indices=[0, 2], shape=[4, 3]) does not fit a variable of shape (4, 4): expected
+    a shape of at least (4, 5). Change the view, or give it to another variable.
+    """
+)
+def slice_that_does_not_fit():
+    Slice((0, 2), (4, 3)).common_shape((4, 4))
+
+
+@message(
+    """
+    A symmetry of a variable of shape (16777216,) is too large: expected fewer than 2**24 entries,
+    received 16777216. Constrain a smaller variable.
+    """
+)
+def symmetry_of_too_much():
+    Invariant([Flip(0)])(ops.zeros((2**24,)))
+
+
+@message(
+    """
+    The view Transpose(axes=None) takes a variable of shape (4, 3) to another shape, so it is no
+    symmetry of it. Expected: views that keep the shape.
+    """
+)
+def symmetry_that_changes_the_shape():
+    Invariant([Transpose()])(ops.zeros((4, 3)))
+
+
+@message(
+    """
+    The view Scale(factor=2.0) changes more than the order and signs of entries, so no finite group has
+    it. Expected: `Transpose`, `Flip`, `Rotate90`, `Scale(-1)`, or a `Chain` of them.
+    """
+)
+def symmetry_that_changes_values():
+    Invariant([Scale(2)])(ops.zeros((4,)))
+
+
+@message(
+    """
+    The views [Rotate90(k=1, axes=[0, 1])] do not form a group: Rotate90(k=1, axes=[0, 1]) followed by
+    Rotate90(k=1, axes=[0, 1]) is none of them. Expected: with any two views also the one that they make
+    together. Add it.
+    """
+)
+def views_that_form_no_group():
+    Invariant([Rotate90(1)])(ops.zeros((3, 3)))
+
+
+# ---- link
+
+
+@message(
+    """
+    `link` needs a model. Expected: `link(model)`. Received: nothing.
+    """
+)
+def link_of_nothing():
+    equalize.GroupRegistry().link()
+
+
+@message(
+    """
+    `link` expects Keras models or layers. Received: 'model' of type <class 'str'>. Variables are tied
+    with `tie(name, [variable_1, variable_2], rule)`.
+    """
+)
+def link_of_another_type():
+    equalize.GroupRegistry().link("model")
+
+
+@message(
+    """
+    `link` expects Keras models or layers. Received: <Dense> of type <class
+    'tf_keras.src.layers.Dense'>. Variables are tied with `tie(name, [variable_1, variable_2], rule)`.
+    It is of Keras 2 (`tf_keras`), which equalize does not know: make the model with Keras 3 (`import
+    keras`).
+    """
+)
+def link_of_keras_2():
+    legacy = type("Dense", (), {"__module__": "tf_keras.src.layers", "__repr__": lambda self: "<Dense>"})
+    equalize.GroupRegistry().link(legacy())
+
+
+@message(
+    """
+    Cannot link 'model': it has no weights for 'dense' yet, since it is not built. Expected: a built
+    model. Give it an `Input`, call `model.build(input_shape)`, or call it once on data.
+    """
+)
+def link_of_a_model_that_is_not_built():
+    equalize.GroupRegistry().link(
+        keras.Sequential([keras.layers.Dense(2, kernel_constraint=Equal("pair"))], name="model")
+    )
+
+
+@message(
+    """
+    No rule was found in 'model', so there is nothing to link. Expected: layers with, for instance,
+    `kernel_constraint=equalize.constraints.Equal("towers")`. To tie layers that are built already, use
+    `registry.tie(name, [layer_1, layer_2], equalize.constraints.Equal())`.
+    """
+)
+def link_without_a_rule():
+    equalize.GroupRegistry().link(model_of(*dense("left", "right")))
+
+
+@message(
+    """
+    The rule Equal() on 'left/kernel' has no group name, so it ties nothing. Expected: a name shared by
+    all members, as in Equal("towers").
+    """
+)
+def rule_without_a_name():
+    equalize.GroupRegistry().link(model_of(*dense("left", "right", kernel_constraint=Equal())))
+
+
+@message(
+    """
+    Group 'twoers' has one member: 'odd/kernel' (4, 3) float32. Expected: at least two. The nearest
+    other group is 'towers': is one of the two misspelt? Give another variable the same group name, or
+    take the rule away.
+    """
+)
+def misspelt_name():
+    left, right = dense("left", "right", kernel_constraint=Equal("towers"))
+    (odd,) = dense("odd", kernel_constraint=Equal("twoers"))
+    equalize.GroupRegistry().link(model_of(left, right, odd))
+
+
+@message(
+    """
+    Group 'towers' has one member: 'left/kernel' (4, 3) float32. Expected: at least two. There is no
+    other group. Give another variable the same group name, or take the rule away.
+    """
+)
+def only_group_with_one_member():
+    equalize.GroupRegistry().link(model_of(*dense("left", kernel_constraint=Equal("towers"))))
+
+
+@message(
+    """
+    Group 'pair' has members elsewhere already, and the models given name others for it. If one group
+    over all of them is meant, link all models in one call: `GroupRegistry().link(model_1, model_2)`. If
+    each model is to have a group of its own (a clone, a second copy), give each a registry of its own:
+    `GroupRegistry().link(model_2)`.
+    Members elsewhere:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    Members in the models given:
+        'other_left/kernel' (4, 3) float32
+        'other_right/kernel' (4, 3) float32
+    """
+)
+def group_that_lives_elsewhere():
+    registry = equalize.GroupRegistry()
+    first = model_of(*dense("left", "right", kernel_constraint=Equal("pair")))
+    registry.link(first)
+    registry.link(model_of(*dense("other_left", "other_right", kernel_constraint=Equal("pair"))))
+
+
+@message(
+    """
+    The rules of group 'pair' disagree: expected Equal(rate=1.0, inner=None), set by 'left/kernel';
+    received Equal(rate=0.5, inner=None) from 'right/kernel'. Give all members the same rule, or another
+    group name.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def rules_that_disagree():
+    (left,) = dense("left", kernel_constraint=Equal("pair"))
+    (right,) = dense("right", kernel_constraint=Equal("pair", rate=0.5))
+    equalize.GroupRegistry().link(model_of(left, right))
+
+
+@message(
+    """
+    `initial` must be one of ['first', 'mean', 'strict']. Received: 'last'.
+    """
+)
+def unknown_initial():
+    equalize.GroupRegistry().link(model_of(*dense("left", "right", kernel_constraint=Equal("pair"))), initial="last")
+
+
+@message(
+    """
+    The members of group 'pair' are not equal: expected a spread of 0, received 1.
+        'one' (2,) float32: the first
+        'two' (2,) float32: differs from the first by up to 1
+    Link with initial="first" or initial="mean" to make them equal, call `registry.sync()`, or load
+    weights that are.
+    """
+)
+def strict_start_of_unequal_members():
+    one, two = variable((2,), "one"), variable((2,), "two", value=1.0)
+    equalize.GroupRegistry().tie("pair", [one, two], Equal(), initial="strict")
+
+
+# ---- tie
+
+
+@message(
+    """
+    `name` must be a string, the name of the group. Received: 3 of type <class 'int'>.
+    """
+)
+def name_of_another_type():
+    equalize.GroupRegistry().tie(3, kernels("left", "right"), Equal())
+
+
+@message(
+    """
+    `name` must not be empty. Expected the name of the group. Received: ' '.
+    """
+)
+def empty_name():
+    equalize.GroupRegistry().tie(" ", kernels("left", "right"), Equal())
+
+
+@message(
+    """
+    `rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()`
+    or `equalize.regularizers.MeanL2(factor=0.01)`. Received: 'Equal' of type <class 'str'>.
+    """
+)
+def class_in_place_of_a_rule():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), "Equal")
+
+
+@message(
+    """
+    `tie` was given the name 'pair' and a rule of group 'towers'. Expected: one name. Leave the group
+    out of the rule: Equal().
+    """
+)
+def two_names():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal("towers"))
+
+
+@message(
+    """
+    There is a group 'pair' already: <Group 'pair': Equal(), 2 members>. Expected: a new name. Call
+    `untie('pair')` first, or choose another name.
+    """
+)
+def name_that_is_taken():
+    registry, layers = tied()
+    registry.tie("pair", [layer.bias for layer in layers], Equal())
+
+
+@message(
+    """
+    `members` of 'pair' must be a list of variables, arrays or layers. Received: 'left, right' of type
+    <class 'str'>.
+    """
+)
+def members_that_are_no_list():
+    equalize.GroupRegistry().tie("pair", "left, right", Equal())
+
+
+@message(
+    """
+    Group 'pair' has no members. Expected: at least two variables, arrays or layers. Received: [].
+    """
+)
+def no_members():
+    equalize.GroupRegistry().tie("pair", [], Equal())
+
+
+@message(
+    """
+    Group 'pair' has one member: layer 'left'. Expected: at least two layers. To tie weights inside one
+    layer, name its variables.
+    """
+)
+def one_layer():
+    equalize.GroupRegistry().tie("pair", dense("left"), Equal())
+
+
+@message(
+    """
+    Cannot tie 'pair': expected either layers or variables; received both. Name the variable of the
+    layer, for instance `left.kernel`.
+    """
+)
+def layers_and_variables():
+    left, right = dense("left", "right")
+    equalize.GroupRegistry().tie("pair", [left, right.kernel], Equal())
+
+
+@message(
+    """
+    Cannot tie a member into group 'pair': expected a variable or a pair of a variable and a view, for
+    instance `(layer.kernel, equalize.views.Transpose())`; received ('right', 'Transpose').
+    """
+)
+def pair_without_a_view():
+    (left,) = kernels("left")
+    equalize.GroupRegistry().tie("pair", [left, ("right", "Transpose")], Equal())
+
+
+@message(
+    """
+    Cannot tie a member into group 'pair': expected a `keras.Variable` (for instance `layer.kernel`), a
+    built layer, or an array; received 'right' of type <class 'str'>.
+    """
+)
+def member_of_another_type():
+    equalize.GroupRegistry().tie("pair", [*kernels("left"), "right"], Equal())
+
+
+@message(
+    """
+    Cannot tie layers into group 'pair': layer 'right' has no weights, since it is not built. Expected:
+    a built layer with weights. Build it, or call it once, before.
+    """
+)
+def layer_without_weights():
+    left, right = dense("left"), [keras.layers.Dense(3, name="right")]
+    equalize.GroupRegistry().tie("pair", [*left, *right], Equal())
+
+
+@message(
+    """
+    Cannot tie layers into group 'pair': their structures differ.
+    Expected, set by 'left' (Dense):
+        kernel (4, 3)
+        bias (3,)
+    Received 'right' (Dense):
+        kernel (4, 3)
+    Take layers of one structure, or their variables one by one.
+    """
+)
+def layers_of_different_structure():
+    left, right = dense("left"), dense("right", use_bias=False)
+    equalize.GroupRegistry().tie("pair", [*left, *right], Equal())
+
+
+@message(
+    """
+    Cannot tie 'decoder' into group 'autoencoder': expected shape (784, 64), set by 'encoder'; received
+    (64, 784). Give it a view, for instance equalize.views.Transpose().
+    Members:
+        'encoder' (784, 64) float32
+        'decoder' (64, 784) float32
+    """
+)
+def shapes_that_are_transposed():
+    equalize.GroupRegistry().tie(
+        "autoencoder", [variable((784, 64), "encoder"), variable((64, 784), "decoder")], Equal()
+    )
+
+
+@message(
+    """
+    Cannot tie 'two' into group 'pair': expected shape (4, 3), set by 'one'; received (4, 2). Tie
+    variables of one shape.
+    Members:
+        'one' (4, 3) float32
+        'two' (4, 2) float32
+    """
+)
+def shapes_that_differ():
+    equalize.GroupRegistry().tie("pair", [variable((4, 3), "one"), variable((4, 2), "two")], Equal())
+
+
+@message(
+    """
+    Cannot tie 'two' into group 'pair': expected dtype float32, set by 'one'; received float16. Tie
+    variables of one dtype.
+    Members:
+        'one' (2,) float32
+        'two' (2,) float16
+    """
+)
+def dtypes_that_differ():
+    equalize.GroupRegistry().tie("pair", [variable((2,), "one"), variable((2,), "two", "float16")], Equal())
+
+
+@message(
+    """
+    Cannot tie group 'pair': expected variables of a floating dtype; received int32. A mean of such
+    values is no such value. Tie trainable weights.
+    Members:
+        'one' (2,) int32
+        'two' (2,) int32
+    """
+)
+def integers():
+    equalize.GroupRegistry().tie(
+        "pair", [variable((2,), name, "int32", trainable=False) for name in ("one", "two")], Equal()
+    )
+
+
+@message(
+    """
+    Cannot tie group 'pair': 'left/kernel' (4, 3) float32 was given more than once. Expected: separate
+    variables; one variable in two layers is equal to itself without a tie.
+    Members:
+        'left/kernel' (4, 3) float32
+        'left/kernel' (4, 3) float32
+    """
+)
+def one_variable_twice():
+    (left,) = kernels("left")
+    equalize.GroupRegistry().tie("pair", [left, left], Equal())
+
+
+@message(
+    """
+    Cannot tie group 'pair': expected at least one variable; received only constants.
+    Members:
+        'constant' (2,) float32
+        'constant' (2,) float32
+    """
+)
+def only_constants():
+    equalize.GroupRegistry().tie("pair", [np.zeros(2, "float32"), np.zeros(2, "float32")], MeanL2())
+
+
+@message(
+    """
+    Cannot tie group 'three': expected 2 members, as PairwiseL2(factor=<2×2 matrix>) has; received 3.
+    Give `factor` a row and a column for each member, in this order.
+    Members:
+        'a/kernel' (4, 3) float32
+        'b/kernel' (4, 3) float32
+        'c/kernel' (4, 3) float32
+    """
+)
+def matrix_of_another_size():
+    equalize.GroupRegistry().tie("three", kernels("a", "b", "c"), PairwiseL2(factor=[[0, 1], [1, 0]]))
+
+
+@message(
+    """
+    Cannot tie 'left/kernel' into group 'other': it belongs to group 'pair' already (Equal()), and a
+    variable can be projected by one group only. Name all members in one group, or call `untie('pair')`
+    first.
+    Members:
+        'left/kernel' (4, 3) float32
+        'third/kernel' (4, 3) float32
+    """
+)
+def second_hard_group():
+    registry, layers = tied()
+    (third,) = dense("third")
+    registry.tie("other", [layers[0].kernel, third.kernel], Equal())
+
+
+@message(
+    """
+    Group 'pair' cannot be made equal: 'one' (2,) float32 and 'two' (2,) float32 do not move (they are
+    not trainable, or constants) and differ by up to 1. Expected: at most one value among the members
+    that do not move. Set the two to one value, or make one of them trainable.
+    """
+)
+def two_anchors():
+    held = [variable((2,), name, trainable=False, value=value) for name, value in (("one", 0.0), ("two", 1.0))]
+    equalize.GroupRegistry().tie("pair", held, Equal())
+
+
+@message(
+    """
+    Cannot tie 'left/kernel' into group 'pair': it has the constraint NonNeg already, and the rule
+    brings MaxNorm as `inner`. Expected: one of the two. Leave `inner` out to keep what the variable
+    has, or set `variable.constraint = None` first.
+    """
+)
+def constraint_beside_an_inner_one():
+    left, right = kernels("left", "right", kernel_constraint="non_neg")
+    equalize.GroupRegistry().tie("pair", [left, right], Equal(inner=keras.constraints.MaxNorm(2)))
+
+
+@message(
+    """
+    Cannot tie 'right/kernel' into group 'pair': expected the constraint NonNeg, which the first member
+    has; received none. One common value can obey one constraint: give all members the same, or none.
+    Members:
+        'left/kernel' (4, 3) float32: NonNeg
+        'right/kernel' (4, 3) float32: none
+    """
+)
+def constraints_that_differ():
+    (left,), (right,) = kernels("left", kernel_constraint="non_neg"), kernels("right")
+    equalize.GroupRegistry().tie("pair", [left, right], Equal())
+
+
+# ---- groups and registries
+
+
+@message(
+    """
+    There is no group 'pari'. Expected one of: ['pair'].
+    """
+)
+def group_that_there_is_not():
+    registry, _layers = tied()
+    _ = registry["pari"]
+
+
+@message(
+    """
+    There is no group 'pair'. Expected: a name that was linked or tied; there is none yet.
+    """
+)
+def group_of_an_empty_registry():
+    equalize.GroupRegistry().untie("pair")
+
+
+@message(
+    """
+    1 of 1 hard groups are not equal; expected a spread of at most 0, received:
+        'pair': spread 1, members 'left/kernel' (4, 3) float32, 'right/kernel' (4, 3) float32
+    Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the
+    members equal again.
+    """
+)
+def unequal_members():
+    registry, layers = tied()
+    layers[0].kernel.assign(np.zeros((4, 3)))
+    layers[1].kernel.assign(np.ones((4, 3)))
+    registry.check()
+
+
+@message(
+    """
+    Group 'pair' has no penalty: its rule is Equal(), a projection. Expected: names of groups tied by a
+    regularizer.
+    """
+)
+def penalty_of_a_hard_group():
+    registry, _layers = tied()
+    registry.penalty("pair")
+
+
+@message(
+    """
+    Group 'pair' cannot be projected: its rule is MeanL2(factor=0.01), a penalty. Expected: names of
+    groups tied by `equalize.constraints.Equal`.
+    """
+)
+def projection_of_a_soft_group():
+    registry, _layers = tied(MeanL2())
+    registry.project("pair")
+
+
+@message(
+    """
+    The new rule of group 'pair' has the view None and the weight 2, and the members have theirs
+    already. Expected: a rule without, Equal().
+    """
+)
+def new_rule_with_a_weight():
+    registry, _layers = tied()
+    registry["pair"].rule = Equal(weight=2.0)
+
+
+@message(
+    """
+    Group 'pair' ties nothing any more: it was untied, or its model has been deleted. Expected: a group
+    of a registry. Tie the variables anew with `registry.tie`.
+    """
+)
+def new_rule_of_a_group_that_was_untied():
+    registry, _layers = tied()
+    group = registry["pair"]
+    registry.untie()
+    group.rule = MeanL2()
+
+
+@message(
+    """
+    The variable 'one' no longer exists: its model has been deleted. Expected: a member of a model that
+    is kept. Read members anew from the registry, `registry[name].members`: it lists those that exist.
+    """
+)
+def member_of_a_deleted_model():
+    one, two = variable((2,), "one"), variable((2,), "two")
+    member = equalize.GroupRegistry().tie("pair", [one, two], MeanL2()).members[0]
+    one.regularizer = two.regularizer = None
+    del one, two
+    _ = member.variable
+
+
+@message(
+    """
+    `registry` must be an `equalize.GroupRegistry`. Received: 'registry' of type <class 'str'>.
+    """
+)
+def something_else_than_a_registry():
+    TieMonitor("registry")
+
+
+@message(
+    """
+    Group 'pair' cannot reach its member 'right/kernel' (4, 3) float32 in this step. Expected: a step
+    over all members; it sees: 'left/kernel' (4, 3) float32. On JAX an optimizer or a loss carries only
+    the variables that it was given, and a change of any other is lost. Train all members with one
+    optimizer in one model, or apply the optimizers inside one `keras.StatelessScope` that is given the
+    variables of all.
+    """,
+    on="jax",
+)
+def member_that_a_step_does_not_reach():
+    _registry, layers = tied()
+    optimizer = keras.optimizers.SGD()
+    optimizer.build([layers[0].kernel])
+    values = [layers[0].kernel.value]
+    optimizer.stateless_apply([v.value for v in optimizer.variables], values, values)
+
+
+@message(
+    """
+    Group 'pair' cannot take the value of 'right/kernel', which is not trainable: on JAX this step does
+    not see it. Expected: a step that computes the losses of the model, as `fit` does and
+    `model.stateless_call(..., return_losses=True)`, and then applies the optimizer; or one that runs
+    the optimizer in a `keras.StatelessScope` over all variables of the model.
+    """,
+    on="jax",
+)
+def frozen_member_that_a_step_does_not_see():
+    _registry, layers = tied()
+    layers[1].trainable = False
+    optimizer = keras.optimizers.SGD()
+    optimizer.build([layers[0].kernel])
+    values = [layers[0].kernel.value]
+    optimizer.stateless_apply([v.value for v in optimizer.variables], values, values)
+
+
+class Reading(keras.callbacks.Callback):
+    def __init__(self, registry):
+        super().__init__()
+        self.registry = registry
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.registry.spread()
+
+
+@message(
+    """
+    Group 'pair' cannot read its member 'left/kernel' (4, 3) float32: while `fit` runs on JAX its value
+    is in the compiled step. Expected: a model that has taken its values back. Call
+    `model.jax_state_sync()` first, as `equalize.callbacks.TieMonitor` does.
+    """,
+    on="jax",
+)
+def values_that_are_in_the_compiled_step():
+    registry, model = compiled()
+    model.fit(np.ones((2, 4)), [np.ones((2, 3))] * 2, verbose=0, callbacks=[Reading(registry)])
+
+
+# ---- configs
+
+
+@message(
+    """
+    This is no config of a registry: expected a dictionary with one entry 'groups', a list; received
+    {'groups': 3}. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_of_something_else():
+    damaged(lambda config: {"groups": 3})
+
+
+@message(
+    """
+    This is no config of a registry: expected groups with the entries ['members', 'name', 'rule'];
+    received {'name': 'pair', 'members': [{'view': None, 'weight': 1.0, 'path': 'left/kernel'}, {'view':
+    None, 'weight': 1.0, 'path': 'right/kernel'}]}. Use what `registry.get_config()` returned,
+    unchanged.
+    """
+)
+def config_of_half_a_group():
+    damaged(lambda config: config["groups"][0].pop("rule") and None)
+
+
+@message(
+    """
+    This is no config of a registry: expected at least two members in group 'pair'; received [{'view':
+    None, 'weight': 1.0, 'path': 'left/kernel'}]. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_with_one_member():
+    damaged(lambda config: config["groups"][0]["members"].pop() and None)
+
+
+@message(
+    """
+    This is no config of a registry: expected members with a path or a constant, a view and a weight in
+    'pair'; received {'view': None, 'weight': 1.0}. Use what `registry.get_config()` returned,
+    unchanged.
+    """
+)
+def config_with_a_member_without_a_path():
+    damaged(lambda config: config["groups"][0]["members"][0].pop("path") and None)
+
+
+@message(
+    """
+    This is no config of a registry: expected a rule of equalize for group 'pair'; received {'module':
+    'equalize.constraints', 'class_name': 'Equal', 'config': {'group': None, 'rate': 1.0, 'weight': 1.0,
+    'view': None, 'inner': None}, 'registered_name': 'other>Equal'}. Use what `registry.get_config()`
+    returned, unchanged.
+    """
+)
+def config_with_the_rule_of_somebody_else():
+    damaged(lambda config: config["groups"][0]["rule"].update(registered_name="other>Equal"))
+
+
+@message(
+    """
+    This is no config of a registry: expected the config of a rule for group 'pair'; received {'module':
+    'equalize.constraints', 'class_name': 'Equal', 'config': {'rate': 'half'}, 'registered_name':
+    'equalize>Equal'}. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_with_a_rule_that_cannot_be_made():
+    damaged(lambda config: config["groups"][0]["rule"].update(config={"rate": "half"}))
+
+
+@message(
+    """
+    This is no config of a registry: expected a rule of equalize for group 'pair'; received {'module':
+    'equalize.views', 'class_name': 'Flip', 'config': {'axes': [0]}, 'registered_name':
+    'equalize>Flip'}. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_with_a_view_in_place_of_a_rule():
+    damaged(lambda config: config["groups"][0].update(rule=keras.saving.serialize_keras_object(Flip(0))))
+
+
+@message(
+    """
+    This is no config of a registry: expected a view of equalize in group 'pair'; received
+    {'registered_name': 'other>Flip'}. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_with_the_view_of_somebody_else():
+    damaged(lambda config: config["groups"][0]["members"][0].update(view={"registered_name": "other>Flip"}))
+
+
+@message(
+    """
+    This is no config of a registry: expected the config of a view in group 'pair'; received {'module':
+    'equalize.views', 'class_name': 'Flip', 'config': {}, 'registered_name': 'equalize>Flip'}. Use what
+    `registry.get_config()` returned, unchanged.
+    """
+)
+def config_with_a_view_that_cannot_be_made():
+    flip = keras.saving.serialize_keras_object(Flip(0)) | {"config": {}}
+    damaged(lambda config: config["groups"][0]["members"][0].update(view=flip))
+
+
+def _with_a_bad_constant(config):
+    config["groups"][0]["members"][0] = {"view": None, "weight": 1.0, "constant": {"values": "none"}}
+
+
+@message(
+    """
+    This is no config of a registry: expected a constant of group 'pair' with values and a dtype;
+    received {'values': 'none'}. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_with_a_bad_constant():
+    damaged(_with_a_bad_constant).link(model_of(*dense("left", "right")))
+
+
+@message(
+    """
+    Cannot find the member 'right/kernel' of group 'pair': no weight has this path. Expected: the layer
+    names that the tie was made with. Received a model with: left/bias, left/kernel, other/bias,
+    other/kernel. Give the layers names of their own when the model is made, or tie its variables anew
+    with `tie`.
+    """
+)
+def config_for_another_model():
+    damaged(lambda config: None).link(model_of(*dense("left", "other")))
+
+
+# ---- optimizers and callbacks
+
+
+@message(
+    """
+    `reduction` must be one of ['sum', 'mean']. Received: 'max'.
+    """
+)
+def unknown_reduction():
+    TiedOptimizer("sgd", equalize.GroupRegistry(), reduction="max")
+
+
+@message(
+    """
+    `inner_optimizer` must be a Keras optimizer, its name or its config. Received: 'no such optimizer'.
+    """
+)
+def unknown_optimizer():
+    TiedOptimizer("no such optimizer", equalize.GroupRegistry())
+
+
+@message(
+    """
+    `inner_optimizer` must not be a TiedOptimizer itself. Received: the TiedOptimizer 'inside'. Give one
+    of them a registry with all groups.
+    """
+)
+def optimizer_inside_its_like():
+    registry = equalize.GroupRegistry()
+    TiedOptimizer(TiedOptimizer("sgd", registry, name="inside"), registry)
+
+
+@message(
+    """
+    TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are
+    trained; received <GroupRegistry: no groups>. Link or tie the model's layers before training:
+    `registry.link(model)`; after loading a model `model.optimizer.registry.link(model)`, or, under a
+    LossScaleOptimizer, `model.optimizer.inner_optimizer.registry.link(model)`.
+    """
+)
+def optimizer_without_ties():
+    TiedOptimizer("sgd", equalize.GroupRegistry()).build(kernels("left", "right"))
+
+
+@message(
+    """
+    `apply` was given gradients without variables, and the optimizer is not built. Expected:
+    `apply(gradients, variables)`, or `build(variables)` before.
+    """
+)
+def gradients_without_variables():
+    registry, _layers = tied()
+    TiedOptimizer("sgd", registry).apply([ops.ones((4, 3))] * 2)
+
+
+@message(
+    """
+    `stateless_apply` needs an optimizer that is built. Received: one that is not. Call
+    `build(variables)` before.
+    """
+)
+def stateless_step_before_build():
+    registry, _layers = tied()
+    TiedOptimizer("sgd", registry).stateless_apply([], [], [])
+
+
+@message(
+    """
+    The entry `handed` of this config must be a list of indices, or None. Received: 'all'. Use what
+    `optimizer.get_config()` returned, unchanged.
+    """
+)
+def slots_of_another_type():
+    registry, _layers = tied()
+    TiedOptimizer.from_config(TiedOptimizer("sgd", registry).get_config() | {"handed": "all"})
+
+
+@message(
+    """
+    Ties have changed since the optimizer was built: group 'biases' was not hard then. Expected: the
+    groups that it was built with; received <GroupRegistry: <Group 'pair': Equal(), 2 members>, <Group
+    'biases': Equal(), 2 members>>. Make a new TiedOptimizer and compile with it (after
+    `registry.sync("mean")`, where members are not equal yet).
+    """
+)
+def ties_that_changed_after_slots_were_made():
+    registry, layers = tied()
+    variables = [weight for layer in layers for weight in layer.trainable_weights]
+    optimizer = TiedOptimizer("sgd", registry)
+    optimizer.build(variables)
+    registry.tie("biases", [layer.bias for layer in layers], Equal())
+    optimizer.apply([ops.zeros(weight.shape) for weight in variables])
+
+
+@message(
+    """
+    `repair` must be True or False. Received: 'yes' of type <class 'str'>.
+    """
+)
+def repair_of_another_type():
+    TieMonitor(equalize.GroupRegistry(), repair="yes")
+
+
+@message(
+    """
+    TieMonitor has nothing to watch in the model 'model': expected a registry with a group in it,
+    received <GroupRegistry: <Group 'pair': Equal(), 2 members>>. A model that was loaded or cloned has
+    ties of its own: call `registry = equalize.GroupRegistry().link(model)` and give the monitor that
+    registry.
+    """
+)
+def monitor_of_another_model():
+    registry, _layers = tied()
+    _, model = compiled()
+    model.fit(np.ones((2, 4)), [np.ones((2, 3))] * 2, verbose=0, callbacks=[TieMonitor(registry)])
+
+
+@message(
+    """
+    1 of 1 hard groups are not equal at the end of training; expected a spread of at most 0, received:
+    'pair' (spread 1). Averaging of weights (`use_ema`) does this. Give TieMonitor `repair=True`, or
+    call `registry.sync("mean")`, which is exact.
+    """
+)
+def averages_without_a_repair():
+    registry, model = compiled()
+    monitor = TieMonitor(registry, repair=False)
+    monitor.set_model(model)
+    monitor.on_train_begin()
+    for value, layer in enumerate(model.layers[1:]):
+        layer.kernel.assign(np.full((4, 3), value))
+    monitor.on_train_end()
+
+
+@message(
+    """
+    `names` must be the name of a group, or a list of them. Received: [3].
+    """
+)
+def names_of_another_type():
+    FactorSchedule(equalize.GroupRegistry(), [3], float)
+
+
+@message(
+    """
+    `schedule` must be a function of the epoch. Received: 0.5.
+    """
+)
+def schedule_of_another_type():
+    FactorSchedule(equalize.GroupRegistry(), "pair", 0.5)
+
+
+@message(
+    """
+    FactorSchedule has nothing to change in the model 'model': none of ['pair'] has a member there.
+    Expected: the registry that this model is linked by.
+    """
+)
+def schedule_for_another_model():
+    registry, _layers = tied(MeanL2())
+    _, model = compiled()
+    model.fit(np.ones((2, 4)), [np.ones((2, 3))] * 2, verbose=0, callbacks=[FactorSchedule(registry, "pair", float)])
+
+
+@message(
+    """
+    FactorSchedule cannot change the factor of group 'pair': expected a number, received a matrix, in
+    PairwiseL2(factor=<2×2 matrix>). Give `registry['pair'].rule` a rule with another matrix instead.
+    """
+)
+def schedule_of_a_matrix():
+    registry, model = compiled(PairwiseL2(factor=[[0, 1], [1, 0]]))
+    schedule = FactorSchedule(registry, "pair", float)
+    schedule.set_model(model)
+    schedule.on_train_begin()
+
+
+# ---- advice and pictures
+
+
+@message(
+    """
+    `advise` needs the loss of a model. Expected: a compiled model. Received: 'model', which is not
+    compiled. Call `model.compile(optimizer, loss)` first.
+    """
+)
+def advice_without_a_loss():
+    registry, layers = tied()
+    registry.advise(model_of(*layers), np.ones((2, 4)), [np.ones((2, 3))] * 2)
+
+
+@message(
+    """
+    `advise` needs inputs and targets with one number of samples, at least one: arrays, or structures of
+    them. Received arrays with [2, 3, 3] samples.
+    """
+)
+def advice_from_different_numbers_of_samples():
+    registry, model = compiled()
+    registry.advise(model, np.ones((2, 4)), [np.ones((3, 3))] * 2)
+
+
+@message(
+    """
+    `advise` cannot judge group 'pair' by 'model': its member 'left/kernel' (4, 3) float32 is no
+    variable of that model. Expected: a model that all members belong to, or the names of groups that it
+    has.
+    """
+)
+def advice_from_another_model():
+    registry, _layers = tied()
+    registry.advise(compiled()[1], np.ones((2, 4)), [np.ones((2, 3))] * 2)
+
+
+@message(
+    """
+    `plot` has nothing to draw: expected a registry with groups, received one without. Call
+    `registry.link(model)` or `registry.tie(...)` first.
+    """
+)
+def picture_of_nothing():
+    equalize.GroupRegistry().plot("ties.png")
+
+
+@message(
+    """
+    TieMonitor has nothing to draw: expected at least one epoch of training, received none. Call
+    `model.fit(..., callbacks=[monitor])` first.
+    """
+)
+def picture_before_training():
+    TieMonitor(equalize.GroupRegistry()).plot("spread.png")
+
+
+@message(
+    """
+    Drawing needs matplotlib, which is not installed. Expected: the extra `plot` of equalize. Install
+    it: pip install "equalize[plot]"
+    """
+)
+def picture_without_matplotlib():
+    registry, _layers = tied()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        registry.plot("ties.png")
+
+
+# ---- sharing
+
+
+@message(
+    """
+    `share` needs at least two variables or layers. Received: 1.
+    """
+)
+def sharing_of_one():
+    equalize.share(*kernels("left"))
+
+
+@message(
+    """
+    `share` expects `keras.Variable`s (for instance `layer.kernel`), or layers, and not both. Received:
+    'right' of type <class 'str'>.
+    """
+)
+def sharing_of_other_things():
+    equalize.share(*kernels("left"), "right")
+
+
+@message(
+    """
+    Cannot share 'left/kernel': it has the rule Equal() of group 'pair'. Expected: variables that are
+    not tied. Call `registry.untie(...)`, or leave the rule out of the layer.
+    """
+)
+def sharing_of_tied_variables():
+    _registry, (left, right) = tied()
+    equalize.share(left.kernel, right.kernel)
+
+
+@message(
+    """
+    Cannot share 'left/kernel' with the owner of 'right/kernel': expected shape (4, 3), received (4, 2).
+    One variable has one shape: make the two agree first.
+    """
+)
+def sharing_of_what_differs():
+    left, right = dense("left"), dense("right", units=2)
+    equalize.share(left[0].kernel, right[0].kernel)
+
+
+@message(
+    """
+    Cannot share 'left/kernel': no layer owns 'nobody', so there is nowhere to put it. Expected:
+    variables of built layers; only the first may be one that no layer owns.
+    """
+)
+def sharing_with_nobody():
+    layers = dense("left")
+    equalize.share(layers[0].kernel, variable((4, 3), "nobody"))
+
+
+@message(
+    """
+    Cannot share 'layer/first' with 'layer/second' inside layer 'layer': expected variables of different
+    layers; received two of one, which Keras saves and loads by their number. Tie them with
+    `equalize.constraints.Equal` instead.
+    """
+)
+def sharing_inside_one_layer():
+    layer = keras.layers.Layer(name="layer")
+    layer.first, layer.second = (layer.add_weight(shape=(4, 3), name=name) for name in ("first", "second"))
+    equalize.share(layer.first, layer.second)
+
+
+@message(
+    """
+    Cannot share 'left/kernel' with layer 'right': it tracks 'right/kernel' but holds it in none of its
+    attributes, nor in a list, tuple or dictionary there. Expected: an attribute that can be set.
+    """
+)
+def sharing_with_a_layer_that_hides_its_weight():
+    (left,) = dense("left")
+    right = keras.layers.Layer(name="right")
+    hidden = right.add_weight(shape=(4, 3), name="kernel")
+    equalize.share(left.kernel, hidden)
+
+
+@message(
+    """
+    `relation` expects two `keras.Variable`s, or two layers. Received: 'left' of type <class 'str'> and
+    'right' of type <class 'str'>.
+    """
+)
+def relation_of_other_things():
+    equalize.relation("left", "right")
+
+
+# ---- the tests
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if here(case)])
+def test_the_message_is_the_one_pinned(case):
+    provoke, pinned, _ = CASES[case]
+    text = wrapped(said(raised(provoke)))
+    print(f"\n{case.replace('_', ' ')}:\n{textwrap.indent(text, '    ')}")
+    assert text == pinned
+
+
+def test_every_place_that_raises_is_reached():
+    reached = [place_of(raised(CASES[case][0])) for case in CASES if here(case)]
+    missing = [
+        f"{file}:{first}"
+        for file, first, last, function in places_that_raise()
+        if not any(file == at and first <= line <= last for at, line in reached)
+        and (BACKEND == "jax" or (file, function) not in ON_JAX)
+    ]
+    assert missing == []
+
+
+def test_messages_say_what_was_expected_and_hold_no_internal_names():
+    for case, (_, text, _) in CASES.items():
+        assert re.search(r"[Ee]xpect|must|needs|[Cc]all|Install", text), case
+        assert not re.search(r"(?<![\w.])_[a-z]\w+|NoneType|equalize\.(?:binding|discovery|matching|planning)", text), (
+            case
+        )
+        assert text.endswith((".", ")", '"', "]", "float32", "trained'")) or "Members" in text, case
+    assert max(Counter(text for _, text, _ in CASES.values()).values()) == 1

@@ -1,0 +1,90 @@
+"""A user's script with every public name, which `pyright` checks in strict mode; see test_typing.py."""
+
+import keras
+import numpy as np
+
+import equalize
+from equalize.callbacks import FactorSchedule, TieMonitor
+from equalize.constraints import Equal, Invariant
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
+from equalize.optimizers import TiedOptimizer
+from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
+from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose, View
+
+
+def rules() -> list[Equal | MeanL2 | PairwiseL2 | PairwiseNorm | PairwiseL1 | ChainL2 | TraceNorm]:
+    views: list[View] = [Transpose(), Flip(0), Rotate90(1), Scale(2.0), Slice((0, 0), (2, 2))]
+    return [
+        Equal("towers", rate=0.5, weight=2.0, view=Chain(*views), inner="non_neg"),
+        MeanL2("towers", 0.1),
+        PairwiseL2("towers", [[0.0, 1.0], [1.0, 0.0]]),
+        PairwiseNorm("towers", np.ones((2, 2))),
+        PairwiseL1(factor=0.1),
+        ChainL2(factor=0.1, inner="l2"),
+        TraceNorm(factor=0.1, view=Transpose()),
+    ]
+
+
+def symmetric() -> Invariant:
+    return Invariant([Rotate90(1), Rotate90(2), Rotate90(3)])
+
+
+def tie(model: keras.Model, left: keras.Layer, right: keras.Layer) -> equalize.GroupRegistry:
+    registry = equalize.GroupRegistry().link(model, initial="strict")
+    tied = registry.tie("layers", [left, right], Equal())
+    groups = tied if isinstance(tied, list) else [tied]
+    names: list[str] = [group.name for group in groups]
+    registry.untie(*names)
+    return registry
+
+
+def look(registry: equalize.GroupRegistry, model: keras.Model, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    lines: list[str] = []
+    registry.summary(print_fn=lines.append)
+    registry.plot("ties.png")
+    for finding in registry.diagnose():
+        lines.append(f"{finding.kind} {finding.subject} {finding.message} {finding.fix}")
+    for name, advice in registry.advise(model, x, y, names=["towers"]).items():
+        lines.append(f"{name} {advice.cosine + advice.distance + advice.rise:.2f}")
+    group: equalize.Group = registry["towers"]
+    members: tuple[equalize.Member, ...] = group.members
+    paths: list[str] = [member.path for member in members if member.view is None and member.weight == 1.0]
+    lines += paths
+    spread: float = group.spread()
+    lines.append(f"{group.hard} {group.projects} {spread} {len(registry)} {'towers' in registry}")
+    return registry.spread()
+
+
+def train(registry: equalize.GroupRegistry) -> TieMonitor:
+    def rise(epoch: int) -> float:
+        return 0.1 * epoch
+
+    optimizer = TiedOptimizer("adam", registry, reduction="mean")
+    monitor = TieMonitor(registry, atol=1e-6, repair=False)
+    schedule = FactorSchedule(registry, ["towers"], rise)
+    print(optimizer.averages, [group.name for group in optimizer.groups], schedule.names)
+    broken: dict[str, float] = monitor.broken
+    history: dict[str, list[float]] = monitor.history
+    print(broken, history)
+    monitor.plot("spread.png")
+    registry.project()
+    registry.sync("mean", "towers")
+    registry["towers"].rule = MeanL2(factor=0.1)
+    registry.penalty("towers")
+    return monitor
+
+
+def mend(registry: equalize.GroupRegistry) -> equalize.GroupRegistry:
+    try:
+        registry.check(atol=0.0)
+    except TieBrokenError:
+        registry.sync()
+    except (NotLinkedError, GroupMismatchError) as error:
+        raise EqualizeError(f"{equalize.__version__}: {error}") from error
+    return equalize.GroupRegistry.from_config(registry.get_config())
+
+
+def share(left: keras.Layer, right: keras.Layer) -> bool:
+    equalize.share(left, right)
+    relation = equalize.relation(left, right)
+    return relation == "same" if isinstance(relation, str) else set(relation.values()) == {"same"}
