@@ -76,6 +76,11 @@ def is_variable(x: Any) -> bool:
     return isinstance(x, Variable)
 
 
+def dtype(x: keras.Variable | Tensor) -> str:
+    """The name of the dtype of a variable or a tensor, as Keras spells it."""
+    return keras.backend.standardize_dtype(x.dtype)
+
+
 def tensor(x: keras.Variable | Tensor) -> Tensor:
     """A variable's value, or a tensor as it is, as a native tensor that gradients flow through."""
     if _BACKEND == "tensorflow":

@@ -130,7 +130,7 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
         )
     named: list[Any] = [member[0] if isinstance(member, tuple) and member else member for member in members]
     variables = [member for member in named if backend.is_variable(member)]
-    dtype = keras.backend.standardize_dtype(variables[0].dtype) if variables else None
+    dtype = backend.dtype(variables[0]) if variables else None
     return {name: [_member(name, member, dtype) for member in members]}, False
 
 

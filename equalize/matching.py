@@ -23,7 +23,7 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
     for member, rule in zip(members[1:], member_rules[1:], strict=True):
         for what, expected, received in (
             ("shape", first.common_shape, member.common_shape),
-            ("dtype", _dtype(first), _dtype(member)),
+            ("dtype", backend.dtype(first.variable), backend.dtype(member.variable)),
         ):
             if expected != received:
                 fix = f"Tie variables of one {what}."
@@ -46,9 +46,9 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
             f"Cannot tie group '{name}': expected {count} members, as {member_rules[0].describe()} has; received "
             f"{len(members)}. Give `factor` a row and a column for each member, in this order.{listing(members)}"
         )
-    if not keras.backend.is_float_dtype(_dtype(first)):
+    if not keras.backend.is_float_dtype(backend.dtype(first.variable)):
         raise GroupMismatchError(
-            f"Cannot tie group '{name}': expected variables of a floating dtype; received {_dtype(first)}. "
+            f"Cannot tie group '{name}': expected variables of a floating dtype; received {backend.dtype(first.variable)}. "
             f"A mean of such values is no such value. Tie trainable weights.{listing(members)}"
         )
     if all(member.constant for member in members):
@@ -136,10 +136,6 @@ def _require_view_fits(name: str, member: Member) -> None:
         _ = member.common_shape
     except GroupMismatchError as error:
         raise GroupMismatchError(f"Cannot tie '{member.path}' into group '{name}': {error}") from error
-
-
-def _dtype(member: Member) -> str:
-    return keras.backend.standardize_dtype(member.variable.dtype)
 
 
 def _written(rule: Rule) -> str:

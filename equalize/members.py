@@ -130,7 +130,7 @@ class Member:
     def __str__(self) -> str:
         variable = self.variable
         view = "" if self.view is None else f" as {self.view!r}"
-        return f"'{self.path}' {tuple(variable.shape)} {keras.backend.standardize_dtype(variable.dtype)}{view}"
+        return f"'{self.path}' {tuple(variable.shape)} {backend.dtype(variable)}{view}"
 
     def __repr__(self) -> str:
         return f"<Member {self if self.alive else repr(self.path) + ' (deleted)'}>"

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import arguments, configs, discovery, rules
+from equalize import arguments, backend, configs, discovery, rules
 from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
@@ -27,7 +27,7 @@ def group_config(group: Group) -> dict[str, Any]:
             value = ops.convert_to_numpy(member.variable.value)
             entry["constant"] = {
                 "values": value.astype("float64").tolist(),
-                "dtype": keras.backend.standardize_dtype(member.variable.dtype),
+                "dtype": backend.dtype(member.variable),
             }
         else:
             entry["path"] = member.path

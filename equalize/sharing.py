@@ -110,7 +110,7 @@ def relation(a: Any, b: Any) -> str | dict[str, str]:
 def _relation(a: keras.Variable, b: keras.Variable) -> str:
     if a is b:
         return "same"
-    if tuple(a.shape) != tuple(b.shape) or _dtype(a) != _dtype(b):
+    if tuple(a.shape) != tuple(b.shape) or backend.dtype(a) != backend.dtype(b):
         return "different"
     one, two = (backend.array(variable.value) for variable in (a, b))
     return "equal" if one.tobytes() == two.tobytes() else "different"
@@ -162,7 +162,7 @@ def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
             )
     for what, expected, found in (
         ("shape", tuple(kept.shape), tuple(old.shape)),
-        ("dtype", _dtype(kept), _dtype(old)),
+        ("dtype", backend.dtype(kept), backend.dtype(old)),
         ("trainable", kept.trainable, old.trainable),
         ("constraint", binding.config_of(kept.constraint), binding.config_of(old.constraint)),
         ("regularizer", binding.config_of(kept.regularizer), binding.config_of(old.regularizer)),
@@ -247,7 +247,3 @@ def _exchanged(value: Any, old: keras.Variable, new: keras.Variable) -> Any:
         parts = [_exchanged(part, old, new) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
-
-
-def _dtype(variable: keras.Variable) -> str:
-    return keras.backend.standardize_dtype(variable.dtype)

@@ -113,6 +113,13 @@ def shown_alike(group) -> bool:
     return len({ops.convert_to_numpy(common).tobytes() for common in pulled}) == 1
 
 
+class Blocked(keras.layers.Layer):
+    """Lets no gradient through to what comes before it."""
+
+    def call(self, x):
+        return ops.stop_gradient(x)
+
+
 class EveryStep(keras.callbacks.Callback):
     """After every step, asserts that the members of every hard group are bitwise equal, and counts the steps."""
 

@@ -12,7 +12,7 @@ from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
-from tests.conftest import BACKEND, KERAS_3_5, MODES, QUICK, Recorder, bits, data
+from tests.conftest import BACKEND, KERAS_3_5, MODES, QUICK, Blocked, Recorder, bits, data
 
 O = keras.optimizers  # noqa: E741
 
@@ -55,11 +55,6 @@ SETTINGS = {
         "gradient_accumulation_steps": 3,
     },
 }
-
-
-class Blocked(keras.layers.Layer):
-    def call(self, x):
-        return ops.stop_gradient(x)
 
 
 def branches(n, *, shared, units=4, blocked=(), **arguments):

@@ -10,7 +10,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
-from tests.conftest import BACKEND, MODES, QUICK, Recorder, bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import BACKEND, MODES, QUICK, Blocked, Recorder, bits, bitwise_equal, data, fit, kernels, towers
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -268,11 +268,6 @@ def test_a_row_that_one_embedding_looked_up_moves_in_all_and_a_row_that_none_did
 
 
 # ---- who gets a gradient
-
-
-class Blocked(keras.layers.Layer):
-    def call(self, x):
-        return ops.stop_gradient(x)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
