@@ -46,10 +46,11 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
             f"Cannot tie group '{name}': expected {count} members, as {member_rules[0].describe()} has; received "
             f"{len(members)}. Give `factor` a row and a column for each member, in this order.{listing(members)}"
         )
-    if not keras.backend.is_float_dtype(backend.dtype(first.variable)):
+    dtype = backend.dtype(first.variable)
+    if not keras.backend.is_float_dtype(dtype):
         raise GroupMismatchError(
-            f"Cannot tie group '{name}': expected variables of a floating dtype; received {backend.dtype(first.variable)}. "
-            f"A mean of such values is no such value. Tie trainable weights.{listing(members)}"
+            f"Cannot tie group '{name}': expected variables of a floating dtype; received {dtype}. A mean of such "
+            f"values is no such value. Tie trainable weights.{listing(members)}"
         )
     if all(member.constant for member in members):
         raise GroupMismatchError(
