@@ -1,5 +1,6 @@
 """Objects from configs, which hold data only: nothing is imported and no function is looked up by its name."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -33,11 +34,11 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
     found = keras.saving.get_registered_object(registered) if isinstance(registered, str) else None
     try:
         if isinstance(found, type) and issubclass(found, kind) and isinstance(data, dict):
-            made = found.from_config(dict(data))  # type: ignore[attr-defined]
+            made = found.from_config(copy.deepcopy(data))  # type: ignore[attr-defined]
         elif builtin is not None and inspect.isfunction(found):
             return found
         elif builtin is not None and isinstance(class_name, str) and isinstance(data, dict):
-            made = builtin({"class_name": class_name, "config": dict(data)})
+            made = builtin({"class_name": class_name, "config": copy.deepcopy(data)})
         else:
             made = None
     except EqualizeError:

@@ -93,6 +93,11 @@ def require_rule(name: str, rule: Any) -> None:
             "`rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()` or "
             f"`equalize.regularizers.MeanL2(factor=0.01)`. Received: {received(rule)}."
         )
+    if isinstance(rule.inner, Rule):
+        raise EqualizeError(
+            f"`tie` makes one group, and the rule brings another as `inner`: {received(rule.inner)}. Expected: a rule "
+            "without. Tie the two groups one after the other; both rules are then on the variables."
+        )
     if rule.group not in (None, name):
         raise EqualizeError(
             f"`tie` was given the name '{name}' and a rule of group '{rule.group}'. Expected: one name. Leave the "

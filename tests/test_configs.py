@@ -18,6 +18,7 @@ from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2, PairwiseNorm
 from equalize.views import Chain, Scale, Transpose
+from tests.conftest import KERAS_3_5
 from tests.pictures import picture, require_whole
 
 MATRIX = [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
@@ -123,7 +124,7 @@ class Mirror(equalize.views.Flip):
 
 
 def test_what_is_registered_with_keras_is_loaded():
-    for inner in (Sorted(), halved):
+    for inner in (Sorted(), *([] if KERAS_3_5 else [halved])):  # which saves functions without their package
         assert type(Equal.from_config(plain(Equal("g", inner=inner).get_config())).inner) is type(inner)
     assert Equal.from_config(plain(Equal("g", view=Mirror(0)).get_config())).view == Mirror(0)
 

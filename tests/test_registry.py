@@ -263,6 +263,7 @@ def test_tie_errors():
         (lambda: registry.tie("g", [one, two], keras.constraints.NonNeg()), TypeError, "`rule` must be"),
         (lambda: registry.tie("g", [one, two], Equal), TypeError, "`rule` must be"),
         (lambda: registry.tie("g", [one, two], Equal("h")), EqualizeError, "rule of group 'h'"),
+        (lambda: registry.tie("g", [one, two], MeanL2(inner=MeanL2("h"))), EqualizeError, "brings another as `inner`"),
         (lambda: registry.tie("g", [one, two], Equal(), initial="x"), EqualizeError, "`initial` must be one of"),
         (lambda: registry.tie("g", [np.zeros(2), np.zeros(2)], Equal()), GroupMismatchError, "only constants"),
     ]:
