@@ -44,7 +44,8 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
     except EqualizeError:
         raise
     except Exception as error:  # whatever a class raises about a config that is not its own
-        raise EqualizeError(f"The config of {what} is damaged: {error}. Received: {received(config)}.") from error
+        problem = str(error).rstrip(".")
+        raise EqualizeError(f"The config of {what} is damaged: {problem}. Received: {received(config)}.") from error
     if not isinstance(made, kind):
         raise EqualizeError(
             f"Expected the config of {what}, of Keras or a class that is registered with "

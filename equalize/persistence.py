@@ -15,6 +15,7 @@ from equalize.groups import Group
 from equalize.members import Member
 from equalize.rules import Rule
 
+_UNCHANGED = "Use what `registry.get_config()` returned, unchanged."
 _GROUP_KEYS = {"name", "rule", "members"}
 
 
@@ -67,7 +68,7 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
                 if "constant" in member:
                     _array_of(member["constant"])
         except (EqualizeError, TypeError) as error:
-            raise _damaged(f"sound data in group '{entry['name']}'", entry, str(error)) from error
+            raise EqualizeError(f"The config of group '{entry['name']}' is damaged. {error} {_UNCHANGED}") from error
     return copy.deepcopy(config["groups"])
 
 
@@ -127,10 +128,9 @@ def _weight_of(member: dict[str, Any]) -> float:
     return arguments.number("weight", member["weight"], low=0.0, low_open=True)
 
 
-def _damaged(expected: str, value: Any, problem: str = "") -> EqualizeError:
+def _damaged(expected: str, value: Any) -> EqualizeError:
     return EqualizeError(
-        f"This is no config of a registry: expected {expected}; received {received(value)}. {problem}\n"
-        "Use what `registry.get_config()` returned, unchanged."
+        f"This is no config of a registry: expected {expected}; received {received(value)}. {_UNCHANGED}"
     )
 
 

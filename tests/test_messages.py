@@ -143,7 +143,7 @@ def damaged(change):
 
 @message(
     """
-    `group` must not be empty. Expected the name of a group. Received: ''.
+    `group` must not be empty. Expected the name of a group. Received: '' of type <class 'str'>.
     """
 )
 def empty_group():
@@ -161,7 +161,7 @@ def group_of_another_type():
 
 @message(
     """
-    `rate` must be a finite number in (0, 1]. Received: 2.0.
+    `rate` must be a finite number in (0, 1]. Received: 2.0 of type <class 'float'>.
     """
 )
 def rate_out_of_range():
@@ -170,7 +170,7 @@ def rate_out_of_range():
 
 @message(
     """
-    `factor` must be a finite number in [0, inf). Received: -1.0.
+    `factor` must be a finite number in [0, inf). Received: -1.0 of type <class 'float'>.
     """
 )
 def factor_out_of_range():
@@ -198,7 +198,8 @@ def view_of_another_type():
 
 @message(
     """
-    `inner` must be a Keras constraint, its config or its name. Received: 'no such constraint'.
+    `inner` must be a Keras constraint, its config or its name. Received: 'no such constraint' of type
+    <class 'str'>.
     """
 )
 def inner_that_is_none():
@@ -207,8 +208,8 @@ def inner_that_is_none():
 
 @message(
     """
-    `inner` must not tie: a variable belongs to one hard group. Received: <Equal() of group 'other'>
-    inside group 'pair'. Give all members one group name.
+    `inner` must not tie: a variable belongs to one hard group. Received: <Equal() of group 'other'> of
+    type <class 'equalize.constraints.Equal'>. Give all members one group name.
     """
 )
 def inner_that_ties():
@@ -230,7 +231,7 @@ def rule_that_was_never_linked():
 @message(
     """
     `factor` must be a number, or a symmetric matrix of them with a row and a column for each member.
-    Received rows of different lengths: [[0, 1], [1]].
+    Received rows of different lengths: [[0, 1], [1]] of type <class 'list'>.
     """
 )
 def matrix_with_rows_of_different_lengths():
@@ -240,7 +241,7 @@ def matrix_with_rows_of_different_lengths():
 @message(
     """
     `factor` must be a number, or a symmetric matrix of them with a row and a column for each member.
-    Received: [['a', 'b'], ['b', 'a']].
+    Received: [['a', 'b'], ['b', 'a']] of type <class 'list'>.
     """
 )
 def matrix_of_another_type():
@@ -290,7 +291,7 @@ def views_that_are_no_list():
 
 @message(
     """
-    `views` must hold at least one view. Received: [].
+    `views` must hold at least one view. Received: [] of type <class 'list'>.
     """
 )
 def no_views():
@@ -302,7 +303,7 @@ def no_views():
 
 @message(
     """
-    `axes` must be a permutation of 0, 1, ..., n − 1. Received: (0, 2).
+    `axes` must be a permutation of 0, 1, ..., n − 1. Received: (0, 2) of type <class 'tuple'>.
     """
 )
 def transpose_by_no_permutation():
@@ -311,7 +312,7 @@ def transpose_by_no_permutation():
 
 @message(
     """
-    `axes` must name axes once each, and at least one. Received: ().
+    `axes` must name axes once each, and at least one. Received: () of type <class 'tuple'>.
     """
 )
 def flip_of_no_axis():
@@ -329,7 +330,7 @@ def axes_of_another_type():
 
 @message(
     """
-    `axes` must be two different axes. Received: (0, 0).
+    `axes` must be two different axes. Received: (0, 0) of type <class 'tuple'>.
     """
 )
 def rotation_in_no_plane():
@@ -347,7 +348,8 @@ def scale_of_another_type():
 
 @message(
     """
-    `factor` must be finite and not 0. Received: 0.
+    `factor` must be finite and not 0. Received: 0 of type <class 'int'>. Expected a factor between
+    1.1e-19 and 1.8e19 in size.
     """
 )
 def scale_by_nothing():
@@ -357,7 +359,7 @@ def scale_by_nothing():
 @message(
     """
     `start_indices` must be non-negative and `shape` positive, with one for each axis. Received:
-    start_indices=(0, 0), shape=(4,).
+    start_indices=(0, 0) of type <class 'tuple'>, shape=(4,) of type <class 'tuple'>.
     """
 )
 def slice_of_nothing():
@@ -406,8 +408,8 @@ def transpose_of_another_number_of_axes():
 
 @message(
     """
-    The view Flip(axes=[2]) does not fit a variable of shape (4, 3): expected one with the axes [2].
-    Change the view, or give it to another variable.
+    The view Flip(axes=[2]) does not fit a variable of shape (4, 3): expected one with the different
+    axes [2]. Change the view, or give it to another variable.
     """
 )
 def flip_that_does_not_fit():
@@ -605,7 +607,7 @@ def rules_that_disagree():
 
 @message(
     """
-    `initial` must be one of ['first', 'mean', 'strict']. Received: 'last'.
+    `initial` must be one of ['first', 'mean', 'strict']. Received: 'last' of type <class 'str'>.
     """
 )
 def unknown_initial():
@@ -640,7 +642,7 @@ def name_of_another_type():
 
 @message(
     """
-    `name` must not be empty. Expected the name of the group. Received: ' '.
+    `name` must not be empty. Expected the name of the group. Received: ' ' of type <class 'str'>.
     """
 )
 def empty_name():
@@ -721,7 +723,8 @@ def layers_and_variables():
 @message(
     """
     Cannot tie a member into group 'pair': expected a variable or a pair of a variable and a view, for
-    instance `(layer.kernel, equalize.views.Transpose())`; received ('right', 'Transpose').
+    instance `(layer.kernel, equalize.views.Transpose())`; received ('right', 'Transpose') of type
+    <class 'tuple'>.
     """
 )
 def pair_without_a_view():
@@ -1086,7 +1089,7 @@ def values_that_are_in_the_compiled_step():
 @message(
     """
     This is no config of a registry: expected a dictionary with one entry 'groups', a list; received
-    {'groups': 3}. Use what `registry.get_config()` returned, unchanged.
+    {'groups': 3} of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_of_something_else():
@@ -1097,8 +1100,8 @@ def config_of_something_else():
     """
     This is no config of a registry: expected groups with the entries ['members', 'name', 'rule'];
     received {'name': 'pair', 'members': [{'view': None, 'weight': 1.0, 'path': 'left/kernel'}, {'view':
-    None, 'weight': 1.0, 'path': 'right/kernel'}]}. Use what `registry.get_config()` returned,
-    unchanged.
+    None, 'weight': 1.0, 'path': 'right/kernel'}]} of type <class 'dict'>. Use what
+    `registry.get_config()` returned, unchanged.
     """
 )
 def config_of_half_a_group():
@@ -1108,7 +1111,8 @@ def config_of_half_a_group():
 @message(
     """
     This is no config of a registry: expected at least two members in group 'pair'; received [{'view':
-    None, 'weight': 1.0, 'path': 'left/kernel'}]. Use what `registry.get_config()` returned, unchanged.
+    None, 'weight': 1.0, 'path': 'left/kernel'}] of type <class 'list'>. Use what
+    `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_one_member():
@@ -1118,8 +1122,8 @@ def config_with_one_member():
 @message(
     """
     This is no config of a registry: expected members with a path or a constant, a view and a weight in
-    'pair'; received {'view': None, 'weight': 1.0}. Use what `registry.get_config()` returned,
-    unchanged.
+    'pair'; received {'view': None, 'weight': 1.0} of type <class 'dict'>. Use what
+    `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_a_member_without_a_path():
@@ -1128,10 +1132,11 @@ def config_with_a_member_without_a_path():
 
 @message(
     """
-    This is no config of a registry: expected a rule of equalize for group 'pair'; received {'module':
+    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of Keras or a
+    class that is registered with `keras.saving.register_keras_serializable`. Received: {'module':
     'equalize.constraints', 'class_name': 'Equal', 'config': {'group': None, 'rate': 1.0, 'weight': 1.0,
-    'view': None, 'inner': None}, 'registered_name': 'other>Equal'}. Use what `registry.get_config()`
-    returned, unchanged.
+    'view': None, 'inner': None}, 'registered_name': 'other>Equal'} of type <class 'dict'>. Use what
+    `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_the_rule_of_somebody_else():
@@ -1140,9 +1145,10 @@ def config_with_the_rule_of_somebody_else():
 
 @message(
     """
-    This is no config of a registry: expected the config of a rule for group 'pair'; received {'module':
-    'equalize.constraints', 'class_name': 'Equal', 'config': {'rate': 'half'}, 'registered_name':
-    'equalize>Equal'}. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' is damaged. The config of a rule of equalize is damaged: `rate` must be a
+    number. Received: 'half' of type <class 'str'>. Received: {'module': 'equalize.constraints',
+    'class_name': 'Equal', 'config': {'rate': 'half'}, 'registered_name': 'equalize>Equal'} of type
+    <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_a_rule_that_cannot_be_made():
@@ -1151,9 +1157,10 @@ def config_with_a_rule_that_cannot_be_made():
 
 @message(
     """
-    This is no config of a registry: expected a rule of equalize for group 'pair'; received {'module':
-    'equalize.views', 'class_name': 'Flip', 'config': {'axes': [0]}, 'registered_name':
-    'equalize>Flip'}. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of Keras or a
+    class that is registered with `keras.saving.register_keras_serializable`. Received: {'module':
+    'equalize.views', 'class_name': 'Flip', 'config': {'axes': [0]}, 'registered_name': 'equalize>Flip'}
+    of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_a_view_in_place_of_a_rule():
@@ -1162,8 +1169,9 @@ def config_with_a_view_in_place_of_a_rule():
 
 @message(
     """
-    This is no config of a registry: expected a view of equalize in group 'pair'; received
-    {'registered_name': 'other>Flip'}. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' is damaged. Expected the config of a view, of Keras or a class that is
+    registered with `keras.saving.register_keras_serializable`. Received: {'registered_name':
+    'other>Flip'} of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_the_view_of_somebody_else():
@@ -1172,8 +1180,9 @@ def config_with_the_view_of_somebody_else():
 
 @message(
     """
-    This is no config of a registry: expected the config of a view in group 'pair'; received {'module':
-    'equalize.views', 'class_name': 'Flip', 'config': {}, 'registered_name': 'equalize>Flip'}. Use what
+    The config of group 'pair' is damaged. The config of a view is damaged: Flip.__init__() missing 1
+    required positional argument: 'axes'. Received: {'module': 'equalize.views', 'class_name': 'Flip',
+    'config': {}, 'registered_name': 'equalize>Flip'} of type <class 'dict'>. Use what
     `registry.get_config()` returned, unchanged.
     """
 )
@@ -1188,8 +1197,9 @@ def _with_a_bad_constant(config):
 
 @message(
     """
-    This is no config of a registry: expected a constant of group 'pair' with values and a dtype;
-    received {'values': 'none'}. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' is damaged. Expected a constant with values, a list of numbers, and a
+    dtype. Received: {'values': 'none'} of type <class 'dict'>. Use what `registry.get_config()`
+    returned, unchanged.
     """
 )
 def config_with_a_bad_constant():
@@ -1213,7 +1223,7 @@ def config_for_another_model():
 
 @message(
     """
-    `reduction` must be one of ['sum', 'mean']. Received: 'max'.
+    `reduction` must be one of ['sum', 'mean']. Received: 'max' of type <class 'str'>.
     """
 )
 def unknown_reduction():
@@ -1222,7 +1232,9 @@ def unknown_reduction():
 
 @message(
     """
-    `inner_optimizer` must be a Keras optimizer, its name or its config. Received: 'no such optimizer'.
+    `inner_optimizer` must be a Keras optimizer, its name or its config (of a class that is registered
+    with `keras.saving.register_keras_serializable`). Received: 'no such optimizer' of type <class
+    'str'>.
     """
 )
 def unknown_optimizer():
@@ -1276,8 +1288,7 @@ def stateless_step_before_build():
 
 @message(
     """
-    The entry `handed` of this config must be a list of indices, or None. Received: 'all'. Use what
-    `optimizer.get_config()` returned, unchanged.
+    `handed` must be a list of indices, ascending, or None. Received: 'all' of type <class 'str'>.
     """
 )
 def slots_of_another_type():
@@ -1344,7 +1355,7 @@ def averages_without_a_repair():
 
 @message(
     """
-    `names` must be the name of a group, or a list of them. Received: [3].
+    `names` must be the name of a group, or a list of them. Received: [3] of type <class 'list'>.
     """
 )
 def names_of_another_type():
@@ -1353,7 +1364,7 @@ def names_of_another_type():
 
 @message(
     """
-    `schedule` must be a function of the epoch. Received: 0.5.
+    `schedule` must be a function of the epoch. Received: 0.5 of type <class 'float'>.
     """
 )
 def schedule_of_another_type():
