@@ -125,7 +125,7 @@ def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:
         except Exception as error:  # whatever layers, losses and backends raise about data that do not suit them
             raise EqualizeError(
                 f"`advise` cannot compute the loss of '{model.name}' on these data: expected inputs and targets as for "
-                f"`model.evaluate(x, y)`; received what led to {type(error).__name__}: {error}"
+                f"`model.evaluate(x, y)`, which must run; received what led to {type(error).__name__}: {error}"
             ) from error
 
     return loss
@@ -134,17 +134,16 @@ def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:
 def _batches(x: Any, y: Any, batch_size: int) -> Iterator[Any]:
     """Pairs of `(x, y)` and the number of their samples."""
     try:
-        counts = [_samples(part) for part in keras.tree.flatten((x, y))]
+        counts, problem = [_samples(part) for part in keras.tree.flatten((x, y))], None
     except Exception as error:  # a list that holds itself, a shape that is none
-        raise EqualizeError(
-            f"`advise` needs arrays, or structures of them. Received: {received(x)} and {received(y)}."
-        ) from error
-    count = counts[0]
-    if count == 0 or any(other != count for other in counts):
+        counts, problem = [0], error
+    count = max(counts, default=0)
+    if count == 0 or min(counts) < count:
+        found = f"arrays with {counts} samples" if count else f"{received(x)} and {received(y)}"
         raise EqualizeError(
             "`advise` needs inputs and targets with one number of samples, at least one: arrays, or structures of "
-            f"them. Received arrays with {counts} samples."
-        )
+            f"them. Received: {found}."
+        ) from problem
     for start in range(0, count, batch_size):
         batch = keras.tree.map_structure(
             lambda part, start=start: ops.convert_to_tensor(part[start : start + batch_size]), (x, y)

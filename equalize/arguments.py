@@ -1,8 +1,9 @@
-"""What users give: numbers, integers, names, choices, functions and variables, checked at the door."""
+"""What users give: numbers, integers, names, choices, functions, variables and paths, checked at the door."""
 
 import math
 import numbers
 import operator
+import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from equalize import backend
 from equalize.errors import EqualizeError
 
 _LONGEST = 400
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def received(value: Any) -> str:
@@ -51,31 +53,31 @@ def integers(name: str, values: Any) -> tuple[int, ...]:
         TypeError: Something else is given, a bool for instance.
         EqualizeError: An integer has more than 32 bits.
     """
-    try:
-        listed = [values] if np.ndim(values) == 0 else list(values)
-        if any(isinstance(value, (bool, np.bool_)) for value in listed):
-            raise TypeError("a bool is no integer")
-        converted = tuple(int(operator.index(value)) for value in listed)
-    except Exception as error:  # NumPy about lists of different lengths, a backend about its own tensors
-        raise TypeError(f"`{name}` must be integers. Received: {received(values)}.") from error
-    if any(abs(value) >= 2**31 for value in converted):
-        raise EqualizeError(f"`{name}` must be integers of 32 bits. Received: {received(values)}.")
-    return converted
+    return _integers(name, values, "integers", several=True)
 
 
-def integer(name: str, value: Any, *, low: int | None = None) -> int:
+def integer(name: str, value: Any, *, low: int = -(2**31)) -> int:
     """One integer, at least `low`.
 
     Raises:
         TypeError: It is no integer, or there are several.
-        EqualizeError: It is too small.
+        EqualizeError: It is too small, or has more than 32 bits.
     """
-    converted = integers(name, value)
-    if len(converted) != 1 or np.ndim(value) != 0:
-        raise TypeError(f"`{name}` must be one integer. Received: {received(value)}.")
-    if low is not None and converted[0] < low:
-        raise EqualizeError(f"`{name}` must be at least {low}. Received: {received(value)}.")
-    return converted[0]
+    return _integers(name, value, "an integer", several=False, low=low)[0]
+
+
+def _integers(name: str, values: Any, what: str, *, several: bool, low: int = -(2**31)) -> tuple[int, ...]:
+    problem = None
+    try:
+        listed = [values] if np.ndim(values) == 0 else list(values) if several else [None]
+        found = [operator.index(value) for value in listed if not isinstance(value, (bool, np.bool_))]
+    except Exception as error:  # NumPy about lists of different lengths, a backend about its own tensors
+        listed, found, problem = [None], [], error
+    if len(found) < len(listed):
+        raise TypeError(f"`{name}` must be {what}. Received: {received(values)}.") from problem
+    if not all(low <= value < 2**31 for value in found):
+        raise EqualizeError(f"`{name}` must be {what} in [{low}, {2**31}). Received: {received(values)}.")
+    return tuple(found)
 
 
 def option(name: str, value: Any, options: Sequence[str]) -> str:
@@ -133,9 +135,31 @@ def variables(name: str, value: Any) -> list[keras.Variable]:
         TypeError: Something else is given.
     """
     try:
-        listed = list(value)
+        listed, problem = list(value), None
     except Exception as error:  # a symbolic tensor raises what is no `TypeError`
-        raise TypeError(f"`{name}` must be a list of variables. Received: {received(value)}.") from error
+        listed, problem = [value], error
     if not all(backend.is_variable(variable) for variable in listed):
-        raise TypeError(f"`{name}` must be a list of `keras.Variable`s. Received: {received(value)}.")
+        raise TypeError(f"`{name}` must be a list of `keras.Variable`s. Received: {received(value)}.") from problem
     return listed
+
+
+def picture(name: str, value: Any) -> str:
+    """The file that a picture is written to.
+
+    Raises:
+        TypeError: It is no path.
+        EqualizeError: Its suffix is none of a picture, or its folder does not exist.
+    """
+    try:
+        path, problem = os.fspath(value), None
+    except Exception as error:  # also what a path of somebody else raises
+        path, problem = None, error
+    if not isinstance(path, str):
+        raise TypeError(f"`{name}` must be the path of a file. Received: {received(value)}.") from problem
+    folder, file = os.path.split(path)
+    if os.path.splitext(file)[1].lower() not in _PICTURES or not os.path.isdir(folder or "."):
+        raise EqualizeError(
+            f"`{name}` must be a file that ends with {', '.join(_PICTURES)}, in a folder that exists. Received: "
+            f"{received(value)}."
+        )
+    return path

@@ -59,8 +59,8 @@ def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: Group |
     for member, existing in zip(members, found, strict=True):
         if rule.inner is not None and existing is not None and config_of(rule.inner) != config_of(existing):
             raise GroupMismatchError(
-                f"Cannot tie '{member.path}' into group '{name}': it has the {rule.slot} {_name(existing)} already, "
-                f"and the rule brings {_name(rule.inner)} as `inner`. Expected: one of the two. Leave `inner` out to "
+                f"Cannot tie '{member.path}' into group '{name}': it has the {rule.slot} {name_of(existing)} already, "
+                f"and the rule brings {name_of(rule.inner)} as `inner`. Expected: one of the two. Leave `inner` out to "
                 f"keep what the variable has, or set `variable.{rule.slot} = None` first."
             )
     kept = [rule.inner if existing is None else existing for existing in found]
@@ -68,10 +68,10 @@ def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: Group |
     if rule.slot == "constraint":
         for member, inner in zip(members, kept, strict=True):
             if not member.constant and config_of(inner) != config_of(moving[0]):
-                lines = "".join(f"\n    {m}: {_name(i)}" for m, i in zip(members, kept, strict=True))
+                lines = "".join(f"\n    {m}: {name_of(i)}" for m, i in zip(members, kept, strict=True))
                 raise GroupMismatchError(
-                    f"Cannot tie '{member.path}' into group '{name}': expected the constraint {_name(moving[0])}, "
-                    f"which the first member has; received {_name(inner)}. One common value can obey one constraint: "
+                    f"Cannot tie '{member.path}' into group '{name}': expected the constraint {name_of(moving[0])}, "
+                    f"which the first member has; received {name_of(inner)}. One common value can obey one constraint: "
                     f"give all members the same, or none.\nMembers:{lines}"
                 )
     return kept
@@ -97,5 +97,6 @@ def config_of(rule: Any) -> Any:
     return None if rule is None else keras.saving.serialize_keras_object(rule)
 
 
-def _name(rule: Any) -> str:
-    return "none" if rule is None else type(rule).__name__
+def name_of(rule: Any) -> str:
+    """What a constraint or regularizer is called in messages: the name of its class, or of the function that it is."""
+    return "none" if rule is None else getattr(rule, "__name__", type(rule).__name__)

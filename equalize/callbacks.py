@@ -140,7 +140,8 @@ class TieMonitor(keras.callbacks.Callback):
             path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
         Raises:
-            EqualizeError: No epoch has ended.
+            TypeError: `path` is no path.
+            EqualizeError: No epoch has ended, the suffix is another, or the folder does not exist.
             ImportError: matplotlib is not installed; the extra `plot` brings it.
         """
         plotting.plot_spread(self.history, path)
@@ -185,7 +186,7 @@ class FactorSchedule(keras.callbacks.Callback):
 
     Raises:
         TypeError: `registry` is no registry, `names` are no strings, or `schedule` cannot be called.
-        EqualizeError: A group is unknown when training starts, its factor is a matrix, or the schedule returns a
+        EqualizeError: `names` is empty, a group is unknown when training starts, its factor is a matrix, or the schedule returns a
             number out of range (`factor` in [0, ∞), `rate` in (0, 1]).
         NotLinkedError: Training starts, and no group has a member in the model.
 
@@ -208,7 +209,7 @@ class FactorSchedule(keras.callbacks.Callback):
         self.registry = checked_registry(registry)
         self.names = arguments.names("names", names)
         if not self.names:
-            raise TypeError(f"`names` must be the name of a group, or a list of them. Received: {received(names)}.")
+            raise EqualizeError(f"`names` must name at least one group. Received: {received(names)}.")
         self.schedule = arguments.function("schedule", schedule, "of the epoch")
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

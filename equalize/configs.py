@@ -27,10 +27,9 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
     Raises:
         EqualizeError: The config is damaged, or describes something else.
     """
-    if not isinstance(config, dict):
-        raise EqualizeError(f"Expected the config of {what}. Received: {received(config)}.")
-    class_name, data = config.get("class_name"), config.get("config")
-    registered = data if class_name == "function" else config.get("registered_name")
+    entries = config if isinstance(config, dict) else {}
+    class_name, data = entries.get("class_name"), entries.get("config")
+    registered = data if class_name == "function" else entries.get("registered_name")
     found = keras.saving.get_registered_object(registered) if isinstance(registered, str) else None
     try:
         if isinstance(found, type) and issubclass(found, kind) and isinstance(data, dict):
@@ -45,10 +44,13 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
         raise
     except Exception as error:  # whatever a class raises about a config that is not its own
         problem = str(error).rstrip(".")
-        raise EqualizeError(f"The config of {what} is damaged: {problem}. Received: {received(config)}.") from error
+        raise EqualizeError(
+            f"The config of {what} is damaged: {problem}. Expected: arguments that its class takes. Received: "
+            f"{received(config)}."
+        ) from error
     if not isinstance(made, kind):
         raise EqualizeError(
-            f"Expected the config of {what}, of Keras or a class that is registered with "
+            f"Expected the config of {what}, of a class that is registered with "
             f"`keras.saving.register_keras_serializable`. Received: {received(config)}."
         )
     return made

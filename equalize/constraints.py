@@ -141,12 +141,10 @@ class Invariant(keras.constraints.Constraint):
     """
 
     def __init__(self, views: Sequence[View], *, inner: Any = None):
-        if not isinstance(views, (list, tuple)):
+        if not isinstance(views, (list, tuple)) or any(view is None for view in views):
             raise TypeError(f"`views` must be a list of views. Received: {received(views)}.")
         if not views:
             raise EqualizeError(f"`views` must hold at least one view. Received: {received(views)}.")
-        if any(view is None for view in views):
-            raise TypeError(f"`views` must hold views and nothing else. Received: {received(views)}.")
         checked = [rules.checked_view(view) for view in views]
         self.views = tuple(view for view in checked if view is not None)
         self.inner = rules.checked_inner(keras.constraints.get, inner, keras.constraints.Constraint)

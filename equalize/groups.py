@@ -46,7 +46,10 @@ class Group:
         if not isinstance(members, (list, tuple)) or not all(isinstance(member, Member) for member in members):
             raise TypeError(f"`members` must be a list of `equalize.Member`s. Received: {received(members)}.")
         if not isinstance(rule, Rule):
-            raise TypeError(f"`rule` must be a rule of equalize. Received: {received(rule)}.")
+            raise TypeError(
+                "`rule` must be a constraint or regularizer of equalize, for instance `equalize.constraints.Equal()`. "
+                f"Received: {received(rule)}."
+            )
         self._rule = rule
         self.declared = declared
         self._members = tuple(members)

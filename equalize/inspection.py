@@ -77,7 +77,8 @@ class Inspection(Mapping[str, Group]):
             path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
         Raises:
-            EqualizeError: The registry has no group.
+            TypeError: `path` is no path.
+            EqualizeError: The registry has no group, the suffix is another, or the folder does not exist.
             ImportError: matplotlib is not installed; the extra `plot` brings it.
         """
         plotting.plot_groups(list(self.values()), path)

@@ -156,15 +156,16 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         for lead in leads:
             lead.follow()
 
-    def _indices(self, variables: Sequence[Any]) -> list[int]:
+    def _indices(self, variables: Sequence[keras.Variable]) -> list[int]:
         """The places of variables among those that the optimizer was built with."""
         try:
             self._check_variables_are_known(variables)
             return [self._get_variable_index(variable) for variable in variables]
-        except Exception as error:  # what Keras raises about a variable that it does not know, or about none
+        except Exception as error:  # what Keras raises about a variable that it does not know
             raise EqualizeError(
                 "`apply` was given what the optimizer was not built with. Expected: variables of the model that it "
-                f"trains. Received: {received(variables)}. Build it with all of them, or make a new TiedOptimizer."
+                f"trains. Received: {[variable.path for variable in variables]}. Build it with all of them, or make a new "
+                "TiedOptimizer."
             ) from error
 
     def stateless_apply(

@@ -58,7 +58,7 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
             if not whole or not isinstance(member.get("path", ""), str):
                 raise _damaged(f"members with a path or a constant, a view and a weight in '{entry['name']}'", member)
         if entry["name"] in seen:
-            raise _damaged("a name for each group", entry["name"])
+            raise _damaged("a name of its own for each group", entry["name"])
         seen.add(entry["name"])
         try:
             discovery.require_rule(entry["name"], rule_of(entry))

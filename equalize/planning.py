@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from equalize import backend, binding, discovery, matching, persistence, retracing
-from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -125,15 +124,18 @@ def require_apart(plans: Sequence[Plan]) -> None:
     for plan in plans:
         name = plan.group.name
         if name in seen:
-            raise GroupMismatchError(f"Two groups have the name '{name}'. Expected: a name for each. Rename one.")
+            raise GroupMismatchError(
+                f"Two groups that are made together have the name '{name}'. Expected: a name for each. Rename one, in "
+                "the layers or in the config of the registry."
+            )
         seen.add(name)
         if not plan.group.projects:
             shared = [member for member in plan.group.members if id(member.variable) in pulled]
             if shared and plan.rules[0].inner is not None and not plan.group.declared:
                 raise GroupMismatchError(
                     f"Cannot tie '{shared[0].path}' into group '{name}': another group that is made with it has the "
-                    f"variable, and the rule brings {received(plan.rules[0].inner)} as `inner`. Expected: one of the "
-                    f"two.{matching.listing(plan.group.members)}"
+                    f"variable, and the rule brings {binding.name_of(plan.rules[0].inner)} as `inner`. Expected: one "
+                    f"of the two. Leave `inner` out.{matching.listing(plan.group.members)}"
                 )
             pulled |= {id(member.variable) for member in plan.group.members}
         for member in plan.group.members if plan.group.projects else ():
@@ -168,7 +170,8 @@ def _require_inner(group: Group) -> None:
         shape, problem = None, error
     if shape != tuple(common.shape):
         raise GroupMismatchError(
-            f"Cannot tie group '{group.name}': its rule has the `inner` {received(inner)}, which cannot be applied to "
-            f"the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}. Received: "
-            f"{f'a tensor of shape {shape}' if problem is None else repr(problem)}.{matching.listing(group.members)}"
+            f"Cannot tie group '{group.name}': its rule has the `inner` {binding.name_of(inner)}, which cannot be "
+            f"applied to the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}. "
+            f"Received: {f'a tensor of shape {shape}' if problem is None else repr(problem)}. Take another, or none."
+            f"{matching.listing(group.members)}"
         ) from problem

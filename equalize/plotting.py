@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from equalize import backend
+from equalize import arguments, backend
 from equalize.errors import EqualizeError
 from equalize.groups import Group
 from equalize.members import Member
@@ -31,9 +31,11 @@ def plot_groups(groups: Sequence[Group], path: str | os.PathLike[str]) -> None:
         path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
     Raises:
-        EqualizeError: There is no group.
+        TypeError: `path` is no path.
+        EqualizeError: There is no group, or the path is not that of a picture.
         ImportError: matplotlib is not installed.
     """
+    path = arguments.picture("path", path)
     if not groups:
         raise EqualizeError(
             "`plot` has nothing to draw: expected a registry with groups, received one without. Call "
@@ -61,9 +63,11 @@ def plot_spread(history: Mapping[str, Sequence[float]], path: str | os.PathLike[
         path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
     Raises:
-        EqualizeError: No epoch has ended.
+        TypeError: `path` is no path.
+        EqualizeError: No epoch has ended, or the path is not that of a picture.
         ImportError: matplotlib is not installed.
     """
+    path = arguments.picture("path", path)
     if not any(history.values()):
         raise EqualizeError(
             "TieMonitor has nothing to draw: expected at least one epoch of training, received none. Call "

@@ -162,13 +162,15 @@ def view_config(view: View | None) -> dict[str, Any] | None:
 
 def checked_inner(get: Any, inner: Any, kind: type) -> Any:
     """The argument `inner` of a rule, from an object, a config or a name; a function will do, as it does for Keras."""
-    what = f"a Keras {kind.__name__.lower()}"
+    what, problem = f"a Keras {kind.__name__.lower()}", None
     try:
         found = configs.restored(inner, kind, what, get) if isinstance(inner, dict) else get(inner)
     except Exception as error:  # whatever Keras raises about a name or a config that it does not know
-        raise EqualizeError(f"`inner` must be {what}, its config or its name. Received: {received(inner)}.") from error
-    if found is not None and not isinstance(found, kind) and not inspect.isfunction(found):
-        raise EqualizeError(f"`inner` must be {what}, its config or its name. Received: {received(inner)}.")
+        found, problem = inner, error
+    if problem is not None or (found is not None and not isinstance(found, kind) and not inspect.isfunction(found)):
+        raise EqualizeError(
+            f"`inner` must be {what}, its config or its name. Received: {received(inner)}."
+        ) from problem
     if isinstance(found, Rule) and kind is keras.constraints.Constraint:
         raise EqualizeError(
             f"`inner` must not tie: a variable belongs to one hard group. Received: {received(found)}. Give all "

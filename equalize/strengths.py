@@ -25,14 +25,15 @@ def checked_factor(factor: Any) -> float | Strengths:
     """
     if not isinstance(factor, (list, tuple, np.ndarray)) and not ops.is_tensor(factor):
         return arguments.number("factor", factor, low=0.0)
+    problem = None
     try:
         matrix = np.asarray(ops.convert_to_numpy(factor) if ops.is_tensor(factor) else factor)
     except ValueError as error:  # rows of different lengths
         raise EqualizeError(f"{_EXPECTED} Received rows of different lengths: {received(factor)}.") from error
     except Exception as error:  # a backend about tensors that NumPy cannot read
-        raise TypeError(f"{_EXPECTED} Received: {received(factor)}.") from error
+        matrix, problem = np.asarray(None), error
     if matrix.dtype.kind not in "iuf":
-        raise TypeError(f"{_EXPECTED} Received: {received(factor)}.")
+        raise TypeError(f"{_EXPECTED} Received: {received(factor)}.") from problem
     matrix = matrix.astype("float64")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
         raise EqualizeError(f"{_EXPECTED} Received an array of shape {matrix.shape}.")

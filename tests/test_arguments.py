@@ -7,6 +7,7 @@ says something, and then nothing has changed. A public name that is not called h
 import decimal
 import fractions
 import functools
+import importlib.util
 import inspect
 import json
 
@@ -21,10 +22,17 @@ import equalize
 from equalize import callbacks, constraints, optimizers, regularizers, views
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError
+from equalize.inspection import Inspection
 from equalize.regularizers import MeanL2, PairwiseNorm
 from equalize.rules import Rule
 from equalize.views import Scale, Transpose, View
 from tests.pictures import picture, require_whole
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Pictures that are drawn go there."""
+    monkeypatch.chdir(tmp_path)
 
 
 class World:
@@ -214,6 +222,24 @@ def of(function):
     return lambda w, **kwargs: function(w)(**kwargs)
 
 
+def drawing(plot):
+    """A picture, where matplotlib is installed."""
+
+    def draw(w, path):
+        try:
+            plot(w)(path)
+        except ImportError:
+            assert importlib.util.find_spec("matplotlib") is None
+
+    return draw
+
+
+def monitor_after_an_epoch(w):
+    monitor = callbacks.TieMonitor(w.registry)
+    monitor.history = {"hard": [0.0], "soft": [1.0]}
+    return monitor
+
+
 def set_rule(w, rule):
     w.registry["soft"].rule = rule
     w.registry.sync()  # which the next step would do
@@ -248,6 +274,7 @@ CALLS = {
             "print_fn": len,
         },
     ),
+    "GroupRegistry.plot": (drawing(lambda w: w.registry.plot), lambda w: {"path": "ties.svg"}),
     "GroupRegistry.select": (of(lambda w: w.registry.select), lambda w: {"names": ["hard"]}),
     "GroupRegistry.from_config": (equalize.GroupRegistry.from_config, lambda w: {"config": w.registry.get_config()}),
     "Member": (equalize.Member, lambda w: {"variable": w.e, "view": Transpose(), "weight": 2.0}),
@@ -255,6 +282,7 @@ CALLS = {
         callbacks.FactorSchedule,
         lambda w: {"registry": w.registry, "names": ["soft"], "schedule": len},
     ),
+    "callbacks.TieMonitor.plot": (drawing(lambda w: monitor_after_an_epoch(w).plot), lambda w: {"path": "spread.svg"}),
     "callbacks.TieMonitor": (callbacks.TieMonitor, lambda w: {"registry": w.registry, "atol": 0.5, "repair": True}),
     "constraints.Equal": rule_calls(Equal, rate=0.5, weight=2.0),
     "constraints.Invariant": (constraints.Invariant, lambda w: {"views": [Transpose()], "inner": "non_neg"}),
@@ -299,6 +327,7 @@ CALLED_BY_RULES = {"adopt", "follow", "project", "share", "sync"}  # of a group
 CALLED_BY_GROUPS = {"pull", "pull_gradient", "show", "show_gradient"}  # of a member
 CALLED_BY_MEMBERS = {"adjoint", "common_shape", "forward", "pull"}  # of a view
 CALLED_BY_CALLBACKS = {"checked_strength"}  # of a rule
+BASES = {equalize.GroupRegistry: [Inspection]}  # which are not public, and hold some of the methods
 CALLED_BY_KERAS = {
     "apply_gradients",  # hands over to `apply`
     "exclude_from_weight_decay",
@@ -338,7 +367,8 @@ def public_names():
         if inspect.isclass(thing) and not issubclass(thing, Exception):
             if thing not in (View, equalize.GroupRegistry):  # the base of others, and one without arguments
                 yield name
-            for method, value in vars(thing).items():
+            methods = {k: v for kind in (*BASES.get(thing, ()), thing) for k, v in vars(kind).items()}
+            for method, value in methods.items():
                 value = getattr(value, "__func__", value)
                 takes = inspect.isfunction(value) and len(inspect.signature(value).parameters) > 1
                 settable = isinstance(value, property) and value.fset is not None

@@ -71,19 +71,26 @@ def places_that_raise():
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         for node in ast.walk(tree):
             warns = isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"
-            raises = isinstance(node, ast.Raise) and ast.unparse(node) != "raise NotImplementedError"
+            raises = isinstance(node, ast.Raise) and ast.unparse(node) not in ("raise NotImplementedError", "raise")
             if warns or raises:
                 inside = [f.name for f in functions if f.lineno <= node.lineno <= (f.end_lineno or 0)]
                 places.append((file.name, node.lineno, node.end_lineno, inside[-1]))
     return places
 
 
-def place_of(error):
-    """Where equalize raised the error: file and line."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if pathlib.Path(frame.filename).parent == FOLDER
-    ]
-    return pathlib.Path(frames[-1].filename).name, frames[-1].lineno
+def places_of(error):
+    """Where equalize raised the error, and those of its causes whose text it repeats: files and lines."""
+    text, places = said(error), []
+    while error is not None:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if pathlib.Path(frame.filename).parent == FOLDER
+        ]
+        if frames and str(said(error)).rstrip(".") in text:
+            places.append((pathlib.Path(frames[-1].filename).name, frames[-1].lineno))
+        error = error.__cause__
+    return places
 
 
 def here(case):
@@ -298,6 +305,25 @@ def no_views():
     Invariant([])
 
 
+@message(
+    """
+    `views` must be a list of views. Received: [Flip(axes=[0]), None] of type <class 'list'>.
+    """
+)
+def views_that_hold_none():
+    Invariant([Flip(0), None])
+
+
+@message(
+    """
+    `inner` must be a Keras regularizer, its config or its name. Received: <built-in function print> of
+    type <class 'builtin_function_or_method'>.
+    """
+)
+def inner_of_another_type():
+    MeanL2("pair", inner=print)
+
+
 # ---- views
 
 
@@ -326,6 +352,42 @@ def flip_of_no_axis():
 )
 def axes_of_another_type():
     Flip("rows")
+
+
+@message(
+    """
+    `axes` must be integers. Received: [0, True] of type <class 'list'>.
+    """
+)
+def axes_among_which_there_is_a_bool():
+    Flip([0, True])
+
+
+@message(
+    """
+    `axes` must be integers in [-2147483648, 2147483648). Received: 1099511627776 of type <class 'int'>.
+    """
+)
+def axes_that_are_too_large():
+    Flip(2**40)
+
+
+@message(
+    """
+    `k` must be an integer. Received: 0.5 of type <class 'float'>.
+    """
+)
+def turns_of_another_type():
+    Rotate90(0.5)
+
+
+@message(
+    """
+    `k` must be an integer. Received: [1] of type <class 'list'>.
+    """
+)
+def turns_in_a_list():
+    Rotate90([1])
 
 
 @message(
@@ -475,6 +537,37 @@ def symmetry_that_changes_values():
 )
 def views_that_form_no_group():
     Invariant([Rotate90(1)])(ops.zeros((3, 3)))
+
+
+@message(
+    """
+    Expected the config of a `Chain`, with a list 'views'. Received: {'views': 'Flip'} of type <class
+    'dict'>.
+    """
+)
+def chain_from_something_else():
+    Chain.from_config({"views": "Flip"})
+
+
+@message(
+    """
+    Expected the config of a view, of a class that is registered with
+    `keras.saving.register_keras_serializable`. Received: {'class_name': 'Flip'} of type <class 'dict'>.
+    """
+)
+def view_from_something_else():
+    Equal("pair", view={"class_name": "Flip"})
+
+
+@message(
+    """
+    The config of a view is damaged: Flip.__init__() missing 1 required positional argument: 'axes'.
+    Expected: arguments that its class takes. Received: {'module': 'equalize.views', 'class_name':
+    'Flip', 'config': {}, 'registered_name': 'equalize>Flip'} of type <class 'dict'>.
+    """
+)
+def view_that_cannot_be_made():
+    Equal("pair", view=keras.saving.serialize_keras_object(Flip(0)) | {"config": {}})
 
 
 # ---- link
@@ -919,6 +1012,114 @@ def constraints_that_differ():
     equalize.GroupRegistry().tie("pair", [left, right], Equal())
 
 
+@message(
+    """
+    `tie` makes one group, and the rule brings another as `inner`: <MeanL2(factor=0.01) of group None>
+    of type <class 'equalize.regularizers.MeanL2'>. Expected: a rule without. Tie the two groups one
+    after the other; both rules are then on the variables.
+    """
+)
+def rule_inside_a_rule():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), MeanL2(inner=MeanL2()))
+
+
+@message(
+    """
+    Cannot tie an array into group 'pair': expected real numbers; received array(['a', 'b'],
+    dtype='<U1') of type <class 'numpy.ndarray'>.
+    """
+)
+def array_of_words():
+    equalize.GroupRegistry().tie("pair", [*kernels("left"), np.array(["a", "b"])], Equal())
+
+
+@message(
+    """
+    Cannot tie group 'pair': expected weights of the members whose mean can be computed; received
+    [1e+308, 1e+308]. Give weights nearer to 1.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def weights_without_a_mean():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(weight=1e308))
+
+
+def total(value):
+    return ops.sum(value)
+
+
+@message(
+    """
+    Cannot tie group 'pair': its rule has the `inner` total, which cannot be applied to the common
+    value. Expected: a constraint that returns a tensor of shape (4, 3). Received: a tensor of shape ().
+    Take another, or none.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def inner_that_changes_the_shape():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(inner=total))
+
+
+def refusing(value):
+    raise RuntimeError("no")
+
+
+@message(
+    """
+    Cannot tie group 'pair': its rule has the `inner` refusing, which cannot be applied to the common
+    value. Expected: a constraint that returns a tensor of shape (4, 3). Received: RuntimeError('no').
+    Take another, or none.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def inner_that_cannot_be_applied():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(inner=refusing))
+
+
+@message(
+    """
+    `members` must be a list of `equalize.Member`s. Received: 'left, right' of type <class 'str'>.
+    """
+)
+def group_of_other_things():
+    equalize.Group("pair", "left, right", Equal())
+
+
+@message(
+    """
+    `rule` must be a constraint or regularizer of equalize, for instance `equalize.constraints.Equal()`.
+    Received: 'Equal' of type <class 'str'>.
+    """
+)
+def group_without_a_rule():
+    registry, _layers = tied()
+    equalize.Group("pair", registry["pair"].members, "Equal")
+
+
+@message(
+    """
+    `variable` must be a `keras.Variable`. Received: 'left/kernel' of type <class 'str'>.
+    """
+)
+def member_that_is_no_variable():
+    equalize.Member("left/kernel")
+
+
+@message(
+    """
+    `view` must be a view of `equalize.views`, or None. Received: 'Transpose' of type <class 'str'>.
+    """
+)
+def member_with_another_view():
+    equalize.Member(*kernels("left"), view="Transpose")
+
+
 # ---- groups and registries
 
 
@@ -1132,8 +1333,8 @@ def config_with_a_member_without_a_path():
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of Keras or a
-    class that is registered with `keras.saving.register_keras_serializable`. Received: {'module':
+    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of a class that is
+    registered with `keras.saving.register_keras_serializable`. Received: {'module':
     'equalize.constraints', 'class_name': 'Equal', 'config': {'group': None, 'rate': 1.0, 'weight': 1.0,
     'view': None, 'inner': None}, 'registered_name': 'other>Equal'} of type <class 'dict'>. Use what
     `registry.get_config()` returned, unchanged.
@@ -1146,9 +1347,10 @@ def config_with_the_rule_of_somebody_else():
 @message(
     """
     The config of group 'pair' is damaged. The config of a rule of equalize is damaged: `rate` must be a
-    number. Received: 'half' of type <class 'str'>. Received: {'module': 'equalize.constraints',
-    'class_name': 'Equal', 'config': {'rate': 'half'}, 'registered_name': 'equalize>Equal'} of type
-    <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
+    number. Received: 'half' of type <class 'str'>. Expected: arguments that its class takes. Received:
+    {'module': 'equalize.constraints', 'class_name': 'Equal', 'config': {'rate': 'half'},
+    'registered_name': 'equalize>Equal'} of type <class 'dict'>. Use what `registry.get_config()`
+    returned, unchanged.
     """
 )
 def config_with_a_rule_that_cannot_be_made():
@@ -1157,10 +1359,10 @@ def config_with_a_rule_that_cannot_be_made():
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of Keras or a
-    class that is registered with `keras.saving.register_keras_serializable`. Received: {'module':
-    'equalize.views', 'class_name': 'Flip', 'config': {'axes': [0]}, 'registered_name': 'equalize>Flip'}
-    of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of a class that is
+    registered with `keras.saving.register_keras_serializable`. Received: {'module': 'equalize.views',
+    'class_name': 'Flip', 'config': {'axes': [0]}, 'registered_name': 'equalize>Flip'} of type <class
+    'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_a_view_in_place_of_a_rule():
@@ -1169,9 +1371,9 @@ def config_with_a_view_in_place_of_a_rule():
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected the config of a view, of Keras or a class that is
-    registered with `keras.saving.register_keras_serializable`. Received: {'registered_name':
-    'other>Flip'} of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' is damaged. Expected the config of a view, of a class that is registered
+    with `keras.saving.register_keras_serializable`. Received: {'registered_name': 'other>Flip'} of type
+    <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_the_view_of_somebody_else():
@@ -1181,9 +1383,9 @@ def config_with_the_view_of_somebody_else():
 @message(
     """
     The config of group 'pair' is damaged. The config of a view is damaged: Flip.__init__() missing 1
-    required positional argument: 'axes'. Received: {'module': 'equalize.views', 'class_name': 'Flip',
-    'config': {}, 'registered_name': 'equalize>Flip'} of type <class 'dict'>. Use what
-    `registry.get_config()` returned, unchanged.
+    required positional argument: 'axes'. Expected: arguments that its class takes. Received: {'module':
+    'equalize.views', 'class_name': 'Flip', 'config': {}, 'registered_name': 'equalize>Flip'} of type
+    <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_a_view_that_cannot_be_made():
@@ -1216,6 +1418,63 @@ def config_with_a_bad_constant():
 )
 def config_for_another_model():
     damaged(lambda config: None).link(model_of(*dense("left", "other")))
+
+
+@message(
+    """
+    This is no config of a registry: expected a name of its own for each group; received 'pair' of type
+    <class 'str'>. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_with_one_name_twice():
+    damaged(lambda config: {"groups": config["groups"] * 2})
+
+
+@message(
+    """
+    Two groups that are made together have the name 'pair'. Expected: a name for each. Rename one, in
+    the layers or in the config of the registry.
+    """
+)
+def config_with_the_name_of_a_declared_group():
+    damaged(lambda config: None).link(model_of(*dense("left", "right", kernel_regularizer=MeanL2("pair"))))
+
+
+def twice(rule):
+    """A registry with two groups over the same variables, as no `tie` makes them."""
+    registry, layers = tied(rule)
+    (group,) = registry.get_config()["groups"]
+    registry = equalize.GroupRegistry.from_config({"groups": [group, group | {"name": "other"}]})
+    for layer in layers:
+        layer.kernel.constraint = layer.kernel.regularizer = None
+    return registry.link(model_of(*layers))
+
+
+@message(
+    """
+    Cannot tie 'left/kernel' into group 'other': group 'pair' has it as well, and a variable can be
+    projected by one group only. Name all members in one group, or give layers that do not hold each
+    other's weights.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def config_with_two_hard_groups_of_one_variable():
+    twice(Equal())
+
+
+@message(
+    """
+    Cannot tie 'left/kernel' into group 'other': another group that is made with it has the variable,
+    and the rule brings L2 as `inner`. Expected: one of the two. Leave `inner` out.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def config_with_two_inner_regularizers_of_one_variable():
+    twice(MeanL2(inner="l2"))
 
 
 # ---- optimizers and callbacks
@@ -1315,6 +1574,63 @@ def ties_that_changed_after_slots_were_made():
 
 @message(
     """
+    `name` must not contain '/', which Keras parts names by. Received: 'tied/sgd' of type <class 'str'>.
+    """
+)
+def optimizer_with_a_path_for_a_name():
+    TiedOptimizer("sgd", equalize.GroupRegistry(), name="tied/sgd")
+
+
+@message(
+    """
+    Expected the config of a TiedOptimizer, with ['handed', 'inner_optimizer', 'name', 'reduction',
+    'registry']. Received: {'inner_optimizer': 'sgd'} of type <class 'dict'>.
+    """
+)
+def optimizer_from_half_a_config():
+    TiedOptimizer.from_config({"inner_optimizer": "sgd"})
+
+
+def built():
+    """An optimizer over two kernels, and what holds them."""
+    registry, layers = tied()
+    optimizer = TiedOptimizer("sgd", registry)
+    optimizer.build([layer.kernel for layer in layers])
+    return optimizer, layers
+
+
+@message(
+    """
+    `trainable_variables` must be a list of `keras.Variable`s. Received: 3 of type <class 'int'>.
+    """
+)
+def variables_that_are_no_list():
+    built()[0].apply([ops.ones((4, 3))], 3)
+
+
+@message(
+    """
+    `apply` needs a gradient, or None, for each variable. Received: 1 gradients for 2 variables.
+    """
+)
+def one_gradient_for_two_variables():
+    optimizer, layers = built()
+    optimizer.apply([ops.ones((4, 3))], [layer.kernel for layer in layers])
+
+
+@message(
+    """
+    `apply` was given what the optimizer was not built with. Expected: variables of the model that it
+    trains. Received: ['left/bias']. Build it with all of them, or make a new TiedOptimizer.
+    """
+)
+def gradients_of_other_variables():
+    optimizer, layers = built()
+    optimizer.apply([ops.ones(3)], [layers[0].bias])
+
+
+@message(
+    """
     `repair` must be True or False. Received: 'yes' of type <class 'str'>.
     """
 )
@@ -1364,6 +1680,15 @@ def names_of_another_type():
 
 @message(
     """
+    `names` must name at least one group. Received: [] of type <class 'list'>.
+    """
+)
+def schedule_of_nothing():
+    FactorSchedule(equalize.GroupRegistry(), [], float)
+
+
+@message(
+    """
     `schedule` must be a function of the epoch. Received: 0.5 of type <class 'float'>.
     """
 )
@@ -1401,6 +1726,48 @@ def schedule_of_a_matrix():
 
 @message(
     """
+    `model` must be a Keras model. Received: 'model' of type <class 'str'>.
+    """
+)
+def advice_about_something_else():
+    equalize.GroupRegistry().advise("model", np.ones((2, 4)), np.ones((2, 3)))
+
+
+@message(
+    """
+    `batch_size` must be an integer in [1, 2147483648). Received: 0 of type <class 'int'>.
+    """
+)
+def advice_from_batches_of_nothing():
+    registry, model = compiled()
+    registry.advise(model, np.ones((2, 4)), [np.ones((2, 3))] * 2, batch_size=0)
+
+
+@message(
+    """
+    `advise` needs inputs and targets with one number of samples, at least one: arrays, or structures of
+    them. Received: 'x' of type <class 'str'> and 'y' of type <class 'str'>.
+    """
+)
+def advice_from_no_arrays():
+    registry, model = compiled()
+    registry.advise(model, "x", "y")
+
+
+@message(
+    """
+    `advise` cannot compute the loss of 'model' on these data: expected inputs and targets as for
+    `model.evaluate(x, y)`, which must run; received what led to RuntimeError: no
+    """
+)
+def advice_from_a_loss_that_fails():
+    registry, model = compiled()
+    model.compile("sgd", lambda y, y_pred: refusing(y))
+    registry.advise(model, np.ones((2, 4)), [np.ones((2, 3))] * 2)
+
+
+@message(
+    """
     `advise` needs the loss of a model. Expected: a compiled model. Received: 'model', which is not
     compiled. Call `model.compile(optimizer, loss)` first.
     """
@@ -1413,7 +1780,7 @@ def advice_without_a_loss():
 @message(
     """
     `advise` needs inputs and targets with one number of samples, at least one: arrays, or structures of
-    them. Received arrays with [2, 3, 3] samples.
+    them. Received: arrays with [2, 3, 3] samples.
     """
 )
 def advice_from_different_numbers_of_samples():
@@ -1431,6 +1798,25 @@ def advice_from_different_numbers_of_samples():
 def advice_from_another_model():
     registry, _layers = tied()
     registry.advise(compiled()[1], np.ones((2, 4)), [np.ones((2, 3))] * 2)
+
+
+@message(
+    """
+    `path` must be the path of a file. Received: 3 of type <class 'int'>.
+    """
+)
+def picture_of_another_type():
+    equalize.GroupRegistry().plot(3)
+
+
+@message(
+    """
+    `path` must be a file that ends with .png, .svg, .pdf, in a folder that exists. Received: 'ties.txt'
+    of type <class 'str'>.
+    """
+)
+def picture_in_another_format():
+    equalize.GroupRegistry().plot("ties.txt")
 
 
 @message(
@@ -1497,6 +1883,19 @@ def sharing_of_other_things():
 def sharing_of_tied_variables():
     _registry, (left, right) = tied()
     equalize.share(left.kernel, right.kernel)
+
+
+@message(
+    """
+    Cannot share 'one/kernel': it would stay in one layer and be replaced in another. Expected: layers
+    that do not hold each other's weights, or hold them in the same order.
+    """
+)
+def sharing_of_layers_that_hold_each_others_weights():
+    one, other = keras.layers.Layer(name="one"), keras.layers.Layer(name="other")
+    one.first, one.second = (one.add_weight(shape=(4, 3), name="kernel") for _ in range(2))
+    other.first, other.second = one.second, one.first
+    equalize.share(one, other)
 
 
 @message(
@@ -1569,7 +1968,7 @@ def test_the_message_is_the_one_pinned(case):
 
 
 def test_every_place_that_raises_is_reached():
-    reached = [place_of(raised(CASES[case][0])) for case in CASES if here(case)]
+    reached = [place for case in CASES if here(case) for place in places_of(raised(CASES[case][0]))]
     missing = [
         f"{file}:{first}"
         for file, first, last, function in places_that_raise()

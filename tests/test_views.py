@@ -114,7 +114,7 @@ def test_views_by_hand():
         (lambda: Flip(()), EqualizeError, "`axes` must name axes once"),
         (lambda: Flip((0, 0)), EqualizeError, "`axes` must name axes once"),
         (lambda: Rotate90(1, (0, 0)), EqualizeError, "two different axes"),
-        (lambda: Rotate90(0.5), TypeError, "`k` must be integers"),
+        (lambda: Rotate90(0.5), TypeError, "`k` must be an integer"),
         (lambda: Scale(0), EqualizeError, "not 0"),
         (lambda: Scale(float("inf")), EqualizeError, "finite"),
         (lambda: Scale("2"), TypeError, "must be a number"),
