@@ -125,7 +125,8 @@ def _loss_of(model: keras.Model, x: Any, y: Any) -> Callable[[], Any]:
         except Exception as error:  # whatever layers, losses and backends raise about data that do not suit them
             raise EqualizeError(
                 f"`advise` cannot compute the loss of '{model.name}' on these data: expected inputs and targets as for "
-                f"`model.evaluate(x, y)`, which must run; received what led to {type(error).__name__}: {error}"
+                f"`model.evaluate(x, y)`, which must run; received what led to {type(error).__name__}: "
+                f"{str(error).rstrip('.')}."
             ) from error
 
     return loss

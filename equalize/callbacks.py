@@ -186,8 +186,8 @@ class FactorSchedule(keras.callbacks.Callback):
 
     Raises:
         TypeError: `registry` is no registry, `names` are no strings, or `schedule` cannot be called.
-        EqualizeError: `names` is empty, a group is unknown when training starts, its factor is a matrix, or the schedule returns a
-            number out of range (`factor` in [0, ∞), `rate` in (0, 1]).
+        EqualizeError: `names` is empty, a group is unknown when training starts, its factor is a matrix, or the
+            schedule returns a number out of range (`factor` in [0, ∞), `rate` in (0, 1]).
         NotLinkedError: Training starts, and no group has a member in the model.
 
     Example:

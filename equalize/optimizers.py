@@ -145,8 +145,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             indices = self._indices(arguments.variables("trainable_variables", trainable_variables))
         if len(indices) != len(grads):
             raise EqualizeError(
-                f"`apply` needs a gradient, or None, for each variable. Received: {len(grads)} gradients for "
-                f"{len(indices)} variables."
+                f"`apply` needs a gradient, or None, for each variable. Received: {len(grads)} for {len(indices)} "
+                "variables. Give None for a variable that has none."
             )
         leads = self._leads_as_built()
         reduced = self._reduced(leads, dict(zip(indices, grads, strict=True)))
@@ -164,8 +164,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         except Exception as error:  # what Keras raises about a variable that it does not know
             raise EqualizeError(
                 "`apply` was given what the optimizer was not built with. Expected: variables of the model that it "
-                f"trains. Received: {[variable.path for variable in variables]}. Build it with all of them, or make a new "
-                "TiedOptimizer."
+                f"trains. Received: {[variable.path for variable in variables]}. Build it with all of them, or "
+                "make a new TiedOptimizer."
             ) from error
 
     def stateless_apply(

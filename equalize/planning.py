@@ -142,8 +142,8 @@ def require_apart(plans: Sequence[Plan]) -> None:
             other = projected.setdefault(id(member.variable), name)
             if other != name:
                 raise GroupMismatchError(
-                    f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well, and a variable "
-                    "can be projected by one group only. Name all members in one group, or give layers that do not "
+                    f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well. Expected: one "
+                    "group that projects a variable. Name all members in one group, or give layers that do not "
                     f"hold each other's weights.{matching.listing(plan.group.members)}"
                 )
 
@@ -171,7 +171,7 @@ def _require_inner(group: Group) -> None:
     if shape != tuple(common.shape):
         raise GroupMismatchError(
             f"Cannot tie group '{group.name}': its rule has the `inner` {binding.name_of(inner)}, which cannot be "
-            f"applied to the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}. "
-            f"Received: {f'a tensor of shape {shape}' if problem is None else repr(problem)}. Take another, or none."
+            f"applied to the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}"
+            f". Received: {f'a tensor of shape {shape}' if problem is None else repr(problem)}. Take another, or none."
             f"{matching.listing(group.members)}"
         ) from problem

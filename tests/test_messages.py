@@ -1452,9 +1452,9 @@ def twice(rule):
 
 @message(
     """
-    Cannot tie 'left/kernel' into group 'other': group 'pair' has it as well, and a variable can be
-    projected by one group only. Name all members in one group, or give layers that do not hold each
-    other's weights.
+    Cannot tie 'left/kernel' into group 'other': group 'pair' has it as well. Expected: one group that
+    projects a variable. Name all members in one group, or give layers that do not hold each other's
+    weights.
     Members:
         'left/kernel' (4, 3) float32
         'right/kernel' (4, 3) float32
@@ -1610,7 +1610,8 @@ def variables_that_are_no_list():
 
 @message(
     """
-    `apply` needs a gradient, or None, for each variable. Received: 1 gradients for 2 variables.
+    `apply` needs a gradient, or None, for each variable. Received: 1 for 2 variables. Give None for a
+    variable that has none.
     """
 )
 def one_gradient_for_two_variables():
@@ -1757,7 +1758,7 @@ def advice_from_no_arrays():
 @message(
     """
     `advise` cannot compute the loss of 'model' on these data: expected inputs and targets as for
-    `model.evaluate(x, y)`, which must run; received what led to RuntimeError: no
+    `model.evaluate(x, y)`, which must run; received what led to RuntimeError: no.
     """
 )
 def advice_from_a_loss_that_fails():
