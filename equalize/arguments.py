@@ -67,6 +67,7 @@ def integer(name: str, value: Any, *, low: int = -(2**31)) -> int:
 
 
 def _integers(name: str, values: Any, what: str, *, several: bool, low: int = -(2**31)) -> tuple[int, ...]:
+    listed: list[Any]
     problem = None
     try:
         listed = [values] if np.ndim(values) == 0 else list(values) if several else [None]
