@@ -67,18 +67,28 @@ def integer(name: str, value: Any, *, low: int = -(2**31)) -> int:
 
 
 def _integers(name: str, values: Any, what: str, *, several: bool, low: int = -(2**31)) -> tuple[int, ...]:
-    listed: list[Any]
     problem = None
     try:
-        listed = [values] if np.ndim(values) == 0 else list(values) if several else [None]
-        found = [operator.index(value) for value in listed if not isinstance(value, (bool, np.bool_))]
+        given: list[Any] = [values] if np.ndim(values) == 0 else listed(values) if several else [None]
+        found = [operator.index(value) for value in given if not isinstance(value, (bool, np.bool_))]
     except Exception as error:  # NumPy about lists of different lengths, a backend about its own tensors
-        listed, found, problem = [None], [], error
-    if len(found) < len(listed):
+        given, found, problem = [None], [], error
+    if len(found) < len(given):
         raise TypeError(f"`{name}` must be {what}. Received: {received(values)}.") from problem
     if not all(low <= value < 2**31 for value in found):
         raise EqualizeError(f"`{name}` must be {what} in [{low}, {2**31}). Received: {received(values)}.")
     return tuple(found)
+
+
+def listed(values: Any) -> list[Any]:
+    """A collection as a list. A variable is none: on JAX its iterator never ends (Keras 3.15).
+
+    Raises:
+        TypeError: It is none. What else iterating raises is not caught.
+    """
+    if backend.is_variable(values):
+        raise TypeError("A variable is no list. Expected: a list of them.")
+    return list(values)
 
 
 def option(name: str, value: Any, options: Sequence[str]) -> str:
@@ -136,12 +146,12 @@ def variables(name: str, value: Any) -> list[keras.Variable]:
         TypeError: Something else is given.
     """
     try:
-        listed, problem = list(value), None
+        found, problem = listed(value), None
     except Exception as error:  # a symbolic tensor raises what is no `TypeError`
-        listed, problem = [value], error
-    if not all(backend.is_variable(variable) for variable in listed):
+        found, problem = [value], error
+    if not all(backend.is_variable(variable) for variable in found):
         raise TypeError(f"`{name}` must be a list of `keras.Variable`s. Received: {received(value)}.") from problem
-    return listed
+    return found
 
 
 def picture(name: str, value: Any) -> str:
