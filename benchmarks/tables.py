@@ -22,10 +22,11 @@ def describe(content: Mapping[str, Any]) -> str:
     """What a run ran on."""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     machine = content["machine"]
-    minutes = content["wall_seconds"] / 60
+    seconds = sum(content["seconds"].values()) if content["cases_from_before"] else content["wall_seconds"]
+    length = f"{seconds / 60:.0f} minutes" + (" summed over its cases" if content["cases_from_before"] else "")
     load = "unknown" if content["load"] is None else f"{content['load']:.1f}"
     return (
-        f"`--{content['size']}`, seed {content['seed']}, backend {content['backend']}, {minutes:.1f} minutes. "
+        f"`--{content['size']}`, seed {content['seed']}, backend {content['backend']}, {length}. "
         f"{machine['cores']} cores of {machine['processor']}, {machine['system']}; mean load of the last quarter of an "
         f"hour, this run's own included: {load}. {versions}.\n"
     )
