@@ -69,7 +69,7 @@ def integer(name: str, value: Any, *, low: int = -(2**31)) -> int:
 def _integers(name: str, values: Any, what: str, *, several: bool, low: int = -(2**31)) -> tuple[int, ...]:
     problem = None
     try:
-        given: list[Any] = [values] if np.ndim(values) == 0 else listed(values) if several else [None]
+        given: list[Any] = [values] if np.ndim(values) == 0 else _listed(values) if several else [None]
         found = [operator.index(value) for value in given if not isinstance(value, (bool, np.bool_))]
     except Exception as error:  # NumPy about lists of different lengths, a backend about its own tensors
         given, found, problem = [None], [], error
@@ -80,15 +80,9 @@ def _integers(name: str, values: Any, what: str, *, several: bool, low: int = -(
     return tuple(found)
 
 
-def listed(values: Any) -> list[Any]:
-    """A collection as a list. A variable is none: on JAX its iterator never ends (Keras 3.15).
-
-    Raises:
-        TypeError: It is none. What else iterating raises is not caught.
-    """
-    if backend.is_variable(values):
-        raise TypeError("A variable is no list. Expected: a list of them.")
-    return list(values)
+def _listed(values: Any) -> list[Any]:
+    """A collection as a list; `[None]` for a variable, which is none, and whose items never end on JAX (Keras 3.15)."""
+    return [None] if backend.is_variable(values) else list(values)
 
 
 def option(name: str, value: Any, options: Sequence[str]) -> str:
@@ -146,7 +140,7 @@ def variables(name: str, value: Any) -> list[keras.Variable]:
         TypeError: Something else is given.
     """
     try:
-        found, problem = listed(value), None
+        found, problem = _listed(value), None
     except Exception as error:  # a symbolic tensor raises what is no `TypeError`
         found, problem = [value], error
     if not all(backend.is_variable(variable) for variable in found):

@@ -20,7 +20,7 @@ class EqualizeError(ValueError):
     ...     equalize.constraints.Equal("towers", rate=2.0)
     ... except equalize.errors.EqualizeError as error:
     ...     print(error)
-    `rate` must be a finite number in (0, 1]. Received: 2.0.
+    `rate` must be a finite number in (0, 1]. Received: 2.0 of type <class 'float'>.
     """
 
 
