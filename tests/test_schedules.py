@@ -118,7 +118,7 @@ def test_training_again_without_the_schedule_keeps_the_last_factor():
     ("arguments", "error", "message"),
     [
         ({"registry": {}}, TypeError, "`registry` must be an `equalize.GroupRegistry`"),
-        ({"names": []}, TypeError, "`names` must be the name of a group"),
+        ({"names": []}, EqualizeError, "`names` must name at least one group"),
         ({"names": [1]}, TypeError, "`names` must be"),
         ({"schedule": 0.5}, TypeError, "`schedule` must be a function of the epoch"),
     ],
