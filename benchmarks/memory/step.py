@@ -44,7 +44,7 @@ class StepMemory(Task):
     size = (7.0, 4.0)
 
     def cases(self, options: Options) -> Sequence[Case]:
-        quick = ("untied", "reference", "exact", "hard", "mean_l2", "stack")
+        quick = ("untied", "exact", "hard")
         return [{"way": name} for name in options.choose(("untied", "hard"), quick, tuple(ways.WAYS))]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
