@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ def probes(module: str, *arguments: str) -> Iterator[Any]:
     if finished.returncode:
         raise RuntimeError(f"{call} ended with exit status {finished.returncode}:\n{finished.stderr}")
     yield from map(json.loads, finished.stdout.splitlines())
+
+
+def draw(axes: Any, bars: Sequence[tuple[str, float, str]]) -> None:
+    """Draws bars from the top down, each a label, a length and a colour."""
+    for place, (_, length, color) in enumerate(reversed(bars)):
+        axes.barh(place, length, color=color, height=0.7)
+        axes.annotate(f"{length:.1f}", (length, place), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(bars)), [label for label, *_ in reversed(bars)])
+    axes.margins(x=0.12)
 
 
 def _status(key: str) -> int:

@@ -22,8 +22,9 @@ def describe(content: Mapping[str, Any]) -> str:
     """What a run ran on."""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     machine = content["machine"]
-    seconds = sum(content["seconds"].values()) if content["cases_from_before"] else content["wall_seconds"]
-    length = f"{seconds / 60:.0f} minutes" + (" summed over its cases" if content["cases_from_before"] else "")
+    length = f"{content['wall_seconds'] / 60:.0f} minutes"
+    if content["cases_from_before"]:  # then the wall clock has seen the last part only
+        length = f"{sum(content['seconds'].values()) / 60:.0f} minutes summed over its cases"
     load = "unknown" if content["load"] is None else f"{content['load']:.1f}"
     return (
         f"`--{content['size']}`, seed {content['seed']}, backend {content['backend']}, {length}. "

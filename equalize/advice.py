@@ -12,7 +12,7 @@ from keras import ops
 from equalize import backend
 from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
-from equalize.groups import Group
+from equalize.groups import Group, pulled_arrays
 from equalize.progress import bar
 from equalize.rules import Rule
 
@@ -95,8 +95,7 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
 
 
 def _distance(group: Group) -> float:
-    values = [backend.array(member.pull(backend.read(member.variable))) for member in group.members]
-    values = [value.astype("float64") for value in values]
+    values = [value.astype("float64") for value in pulled_arrays(group.members)]
     mean = sum(values) / len(values)
     size = sum(np.sum(value**2) for value in values)
     return float(np.sqrt(sum(np.sum((value - mean) ** 2) for value in values) / size)) if size else 0.0

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,7 @@ class Group:
         if not members:
             return 0.0
         # One member after the other, so that a large group needs the memory of a few members, not of all.
-        pulled = (_pulled_array(member, backend.array(member.variable.value)) for member in members)
+        pulled = pulled_arrays(members)
         first = low = high = next(pulled)
         alike = np.ones(first.shape, bool)
         for value in pulled:
@@ -140,8 +140,7 @@ class Group:
         if alike.all():
             return 0.0
         if not all(member.exact for member in members):
-            gentlest = members[_gentlest(members)]
-            base = _pulled_array(gentlest, backend.array(gentlest.variable.value))
+            (base,) = pulled_arrays([members[_gentlest(members)]])
             for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
                 alike |= backend.array(_show(members, ops.convert_to_tensor(guess)))
         with np.errstate(invalid="ignore"):
@@ -356,6 +355,11 @@ def _show(members: Sequence[Member], common: Tensor) -> Tensor:
         shown = ops.cast(member.show(common) == value, value.dtype)
         same.append(member.pull(shown) != 0.0)
     return ops.all(ops.stack(same), axis=0)
+
+
+def pulled_arrays(members: Iterable[Member]) -> Iterator[np.ndarray]:
+    """What each member says of the common value, one after the other, in the dtypes of their variables."""
+    return (_pulled_array(member, backend.array(member.variable.value)) for member in members)
 
 
 def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops
 
-from equalize import arguments, backend
+from equalize import arguments
 from equalize.errors import EqualizeError
-from equalize.groups import Group
+from equalize.groups import Group, pulled_arrays
 from equalize.members import Member
 from equalize.progress import bar
 
@@ -161,15 +160,13 @@ def _draw_maps(figure: Any, groups: Sequence[Group], cells: Any) -> None:
 
 def _distances(group: Group, step: Callable[[], None]) -> np.ndarray:
     """The largest entry of |w_i − w_j| for each pair of members, as their views pull them back."""
-    members, n = group.members, len(group.members)
-    distances = np.zeros((n, n))
-    if group.spread() == 0.0:
-        return distances
-    values = [ops.convert_to_numpy(member.pull(backend.read(member.variable))) for member in members]
+    n, equal = len(group.members), group.spread() == 0.0
+    values = [] if equal else list(pulled_arrays(group.members))
     values = [value.astype(np.promote_types(value.dtype, "float32")) for value in values]
+    distances = np.zeros((n, n))
     for i in range(n):
         step()
-        for j in range(i):
+        for j in range(0 if equal else i):
             with np.errstate(invalid="ignore", over="ignore"):
                 largest = np.max(np.abs(values[i] - values[j]), initial=0.0)
             distances[i, j] = distances[j, i] = largest if np.isfinite(largest) else np.nan

@@ -1,5 +1,6 @@
 """Hypothesis strategies for tied tensors."""
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
@@ -37,3 +38,14 @@ def stacks(min_members=1, max_members=20, min_dims=0):
         st.integers(min_members, max_members), hnp.array_shapes(min_dims=min_dims, max_dims=2, max_side=3)
     )
     return sizes.flatmap(lambda size: hnp.arrays(np.float64, (size[0], *size[1]), elements=numbers))
+
+
+def attacks(examples):
+    """The settings of a run of so many attacks: a short one is the same each time, a long one looks further."""
+    return hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=examples < 1000,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )

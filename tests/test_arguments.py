@@ -27,6 +27,7 @@ from equalize.regularizers import MeanL2, PairwiseNorm
 from equalize.rules import Rule
 from equalize.views import Scale, Transpose, View
 from tests.pictures import picture, require_whole
+from tests.strategies import attacks
 
 
 @pytest.fixture(autouse=True)
@@ -480,13 +481,7 @@ def attack(examples):
     """Random arguments in random places; returns what was tried."""
     tried = Tried()
 
-    @hypothesis.settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=examples < 1000,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    @attacks(examples)
     @hypothesis.given(st.sampled_from(sorted(CALLS)), st.data())
     def run(name, data):
         arguments = CALLS[name][1](tried.world)

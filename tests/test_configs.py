@@ -20,6 +20,7 @@ from equalize.regularizers import MeanL2, PairwiseNorm
 from equalize.views import Chain, Scale, Transpose
 from tests.conftest import KERAS_3_5
 from tests.pictures import picture, require_whole
+from tests.strategies import attacks
 
 MATRIX = [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
 
@@ -209,13 +210,7 @@ def attack(examples, start, attempt):
     """How often each outcome was seen."""
     outcomes = {}
 
-    @hypothesis.settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=examples < 1000,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    @attacks(examples)
     @hypothesis.given(st.data())
     def run(data):
         outcome = attempt(mutated(start, data))

@@ -107,13 +107,8 @@ class Memory(Task):
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         axes = figure.subplots()
-        for place, record in enumerate(reversed(records)):
-            added = record["members_added"]
-            axes.barh(place, added, color=COLORS[record["way"]], height=0.7)
-            axes.annotate(f"{added:.1f}", (added, place), (4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(records)), [label(record) for record in reversed(records)])
+        peaks.draw(axes, [(label(record), record["members_added"], COLORS[record["way"]]) for record in records])
         axes.set(xlabel="peak memory added by one projection (members)")
-        axes.margins(x=0.12)
 
 
 if __name__ == "__main__":

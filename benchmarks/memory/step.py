@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from benchmarks import peaks, timing, ways
@@ -26,7 +25,7 @@ STEPS = 3
 
 def probe(name: str) -> float:
     """The peak in this process, in members."""
-    mode = {"tensorflow": "graph", "jax": "xla", "torch": "eager"}[keras.backend.backend()]
+    (mode,) = timing.modes(Options())
     x = np.ones((BATCH, WIDTH), "float32")
     # What a backend sets up for its first model is not the model's.
     timing.training_step(functools.partial(build, 1, 1), "untied", x[:, :1], x[:, :1], mode)()
@@ -57,14 +56,10 @@ class StepMemory(Task):
         return [Row(ways.WAYS[record["way"]].label, f"{record['members']:.1f} members") for record in records]
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
+        bars = [(ways.WAYS[record["way"]], record["members"]) for record in records]
         axes = figure.subplots()
-        for place, record in enumerate(reversed(records)):
-            members = record["members"]
-            axes.barh(place, members, color=ways.WAYS[record["way"]].color, height=0.7)
-            axes.annotate(f"{members:.1f}", (members, place), (4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(records)), [ways.WAYS[record["way"]].label for record in reversed(records)])
+        peaks.draw(axes, [(way.label, members, way.color) for way, members in bars])
         axes.set(xlabel="peak memory of training, all included (members)")
-        axes.margins(x=0.12)
 
 
 if __name__ == "__main__":
