@@ -130,6 +130,21 @@ def test_what_is_registered_with_keras_is_loaded():
     assert Equal.from_config(plain(Equal("g", view=Mirror(0)).get_config())).view == Mirror(0)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Alarm(keras.layers.Layer):
+    @classmethod
+    def from_config(cls, config):
+        raise AssertionError("made of a config that asks for something else")
+
+
+def test_a_registered_class_of_another_kind_is_not_made():
+    alarm = {"module": "tests", "class_name": "Alarm", "config": {}, "registered_name": "tests>Alarm"}
+    for argument in ("view", "inner"):
+        with pytest.raises(EqualizeError) as caught:
+            Equal("g", **{argument: alarm})
+        assert "made of a config" not in f"{caught.value}{caught.value.__cause__}"
+
+
 # ---- mutations
 
 nodes = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just([]) | st.just({})

@@ -132,3 +132,20 @@ def test_tied_transformer_blocks_stay_equal_in_training():
     before = keras.ops.convert_to_numpy(blocks[0].feed.kernel.value).copy()
     fit(model, registry, x=x, y=x[::-1].copy())
     assert not np.array_equal(keras.ops.convert_to_numpy(blocks[0].feed.kernel.value), before)
+
+
+def test_layers_that_hold_each_others_weights_crosswise_are_refused_and_left_alone():
+    left, right = (built(keras.layers.Dense(3, name="half"), (1, 4)) for _ in range(2))
+
+    class Pair(keras.layers.Layer):
+        def __init__(self, first, second):
+            super().__init__()
+            self.first, self.second = first, second
+            self.built = True
+
+    registry = equalize.GroupRegistry()
+    with pytest.raises(GroupMismatchError, match="one group that projects a variable"):
+        registry.tie("pairs", [Pair(left, right), Pair(right, left)], Equal())
+    assert len(registry) == 0
+    assert left.kernel.constraint is right.kernel.constraint is None
+    assert not bitwise_equal(left.kernel, right.kernel)
