@@ -417,6 +417,12 @@ def test_gradients_without_variables_need_slots():
         TiedOptimizer("adam", equalize.GroupRegistry()).apply([ops.ones(2)])
 
 
+def test_no_gradients_are_no_step():
+    optimizer = TiedOptimizer("adam", equalize.GroupRegistry())
+    optimizer.apply([])
+    assert not optimizer.built
+
+
 def test_a_plain_optimizer_projects_the_same_groups_again():
     model, registry, optimizer = tied_towers(2)
     model.compile(optimizer, "mse", **MODES[QUICK])

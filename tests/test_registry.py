@@ -314,6 +314,17 @@ def test_sync_methods_and_names():
         registry.sync("last")
 
 
+def test_sync_changes_no_group_where_the_anchors_of_another_differ():
+    model = towers(4)
+    ks = kernels(model)
+    registry = equalize.GroupRegistry()
+    registry.tie("fine", ks[:2], MeanL2())
+    registry.tie("split", ks[2:], MeanL2())
+    for layer in model.layers[3:5]:
+        layer.trainable = False
+    refuses(GroupMismatchError, "'split' cannot be made equal", model, lambda: registry.sync("mean", "fine", "split"))
+
+
 def test_the_spread_of_many_members_needs_the_memory_of_a_few():
     variables = [keras.Variable(np.full((256, 256), float(i), "float32")) for i in range(16)]
     group = equalize.GroupRegistry().tie("g", variables, MeanL2())
