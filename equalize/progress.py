@@ -20,8 +20,10 @@ def bar(description: str, steps: int) -> Iterator[Callable[[], None]]:
         A function to call after each step.
     """
     console = rich.console.Console(file=sys.stderr)
-    disable = not console.is_terminal or console.is_jupyter
+    if console.is_jupyter or not console.is_terminal:
+        yield lambda: None  # a bar that is only disabled writes an empty line, in Rich 13.0
+        return
     columns = rich.progress.Progress.get_default_columns()
-    with rich.progress.Progress(*columns, console=console, transient=True, disable=disable) as progress:
+    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=steps)
         yield lambda: progress.advance(task)

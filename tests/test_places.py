@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import matrix, places
-from tests.conftest import BACKEND
+from tests.conftest import BACKEND, KERAS_3_5
 from tests.places import APART, DTYPES, PLACES, STEPS, WAYS
 
 ONE, *OTHERS = PLACES[BACKEND]
@@ -49,6 +49,9 @@ def expected_copies(name, member):
     return place.devices * place.processes // (2 if sharded else 1)
 
 
+@pytest.mark.skipif(
+    KERAS_3_5 and BACKEND == "tensorflow", reason="gives other numbers on two devices than on one, untied as well"
+)
 @pytest.mark.parametrize(
     ("name", "way"), [(name, way) for name in OTHERS for way, dtype in tried(name) if dtype == "float32"]
 )
