@@ -216,6 +216,18 @@ def test_loss_scaling_inside_or_around(place):
     assert tied.tobytes() == expected.repeat(2, 1).tobytes()  # powers of two scale without rounding
 
 
+def test_the_factor_that_the_loss_is_multiplied_by_is_told():
+    kernels = branches(2, shared=False)[1]
+    registry = tie(kernels)
+    assert SCALED["factor"](registry).loss_scale_factor == 2.0**10
+    assert TiedOptimizer(O.Adam(0.01), registry).loss_scale_factor is None
+    inside, around = SCALED["inside"](registry), SCALED["around"](registry)
+    for optimizer in (inside, around):
+        optimizer.build(kernels)
+    assert ops.convert_to_numpy(inside.loss_scale_factor) == 2.0**10
+    assert around.inner_optimizer.loss_scale_factor is None
+
+
 @pytest.mark.parametrize("place", ["auto", "inside and auto", "inside", "around"])
 def test_mixed_precision(place):
     if KERAS_3_5 and place == "inside and auto":
