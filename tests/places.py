@@ -287,6 +287,9 @@ def train_in_process(name, pairs, process, addresses, folder):
         task = {"type": "worker", "index": process}
         os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
     elif place.processes > 1:
+        import jax
+
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # later versions do so by themselves
         keras.distribution.initialize(addresses[0], place.processes, process)
     result = {(way, dtype): train(place, way, dtype, process) for way, dtype in json.loads(pairs)}
     (pathlib.Path(folder) / str(process)).write_bytes(pickle.dumps(result))

@@ -406,6 +406,13 @@ def test_wrong_arguments_are_refused(arguments, error, message):
         TiedOptimizer(**arguments)
 
 
+@pytest.mark.parametrize("handed", [[1, 0], [0, 0], [-1], [True], "01"])
+def test_a_config_lists_the_variables_that_had_slots_in_order(handed):
+    config = TiedOptimizer("adam", equalize.GroupRegistry()).get_config()
+    with pytest.raises(EqualizeError, match="`handed` must be a list of indices, ascending"):
+        TiedOptimizer.from_config(config | {"handed": handed})
+
+
 def test_one_inside_another_is_refused():
     inner = TiedOptimizer("adam", equalize.GroupRegistry())
     with pytest.raises(EqualizeError, match="must not be a TiedOptimizer itself"):
