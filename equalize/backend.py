@@ -160,6 +160,19 @@ def own_copy(value: Tensor) -> Tensor:
     return value
 
 
+def settled(value: Tensor) -> Tensor:
+    """The value, computed once for all that comes of it.
+
+    XLA may compute it anew in every kernel that uses it, and rounds it there as suits that kernel: what two members
+    are given would differ in the last bit (seen with JAX 0.12 on CPUs).
+    """
+    if traced(value):
+        import jax
+
+        return jax.lax.optimization_barrier(value)
+    return value
+
+
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function(tensors, *options)` in one pass over memory where the backend does not fuse by itself.
 

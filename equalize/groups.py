@@ -166,7 +166,7 @@ class Group:
                 return value
         members = self.members
         self._require_reach(members)
-        target = self._common_value(members)
+        target = backend.settled(self._common_value(members))
         result = None
         self._watches.clear()
         for member in members:
@@ -205,7 +205,7 @@ class Group:
         """
         members = self.members
         self._require_reach(members)
-        value = leader.pull(backend.read(leader.variable))
+        value = leader.pull(backend.settled(backend.read(leader.variable)))
         for member in members:
             if not member.anchor and (member is not leader or not leader.exact):
                 member.variable.assign(backend.own_copy(member.show(value)))
