@@ -257,6 +257,7 @@ def live(cycles, looks, tied=True):
     original = towers(3, constraint=lambda: Equal("towers") if tied else None)
     lasting = towers(3, regularizer=lambda: keras.regularizers.L2(0.01))
     registry = equalize.GroupRegistry()
+    compiled(lasting, registry, "hard", keras.optimizers.SGD(0.1))
     x, y = data(8)
     counts, memory = [], []
     for cycle in range(1, cycles + 1):
@@ -268,16 +269,14 @@ def live(cycles, looks, tied=True):
         compiled(clone, linked, way, keras.optimizers.SGD(0.1)).train_on_batch(x, y)
         linked.check()
         linked.untie()
-        if cycle == 1 or not tied:
-            compiled(lasting, registry, "hard", keras.optimizers.SGD(0.1))
-        if tied:
-            registry.tie("lasting", kernels(lasting), Equal() if cycle % 2 else MeanL2(factor=0.1))
-        lasting.train_on_batch(x, y)
-        if tied:
-            registry.untie()
-        else:
-            compiled(lasting, registry, "hard", keras.optimizers.SGD(0.1))
-        lasting.train_on_batch(x, y)
+        for rule in (Equal() if cycle % 2 else MeanL2(factor=0.1), None):
+            if not tied:
+                compiled(lasting, registry, "hard", keras.optimizers.SGD(0.1))
+            elif rule is None:
+                registry.untie()
+            else:
+                registry.tie("lasting", kernels(lasting), rule)
+            lasting.train_on_batch(x, y)
         if cycle % (cycles // looks) == 0:
             del clone, linked
             counts.append(count_of_objects())
