@@ -62,7 +62,7 @@ def test_the_numbers_are_those_of_one_device(name, way):
 
 
 def test_the_table_has_all_rows_and_no_spread():
-    tables = matrix.BLOCK.search(matrix.README.read_text("utf-8"))[0]
+    (tables,) = matrix.BLOCK.findall(matrix.README.read_text("utf-8"))
     section = tables.split(f"### {matrix.TITLES[BACKEND]}\n")[1].split("###")[0]
     head, _, *lines = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
     assert head.split(" | ") == ["where", "way", *DTYPES]
