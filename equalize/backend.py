@@ -160,17 +160,50 @@ def own_copy(value: Tensor) -> Tensor:
     return value
 
 
-def settled(value: Tensor) -> Tensor:
-    """The value, computed once for all that comes of it.
+def computed_once(value: Tensor) -> Tensor:
+    """The value, computed in one place for all that is made of it.
 
-    XLA may compute it anew in every kernel that uses it, and rounds it there as suits that kernel: what two members
-    are given would differ in the last bit (seen with JAX 0.12 on CPUs).
+    XLA is free to compute a tensor anew in each kernel that reads it, and rounds it there as suits that kernel, so two
+    members could be given two values. It removes `optimization_barrier` before it fuses on CPUs, but never computes
+    the result of a conditional twice. The condition depends on data, and both branches give the same numbers.
     """
+    if 0 in value.shape:
+        return value
     if traced(value):
         import jax
 
-        return jax.lax.optimization_barrier(value)
-    return value
+        return jax.lax.platform_dependent(value, cpu=_through_switch, default=jax.lax.optimization_barrier)
+    return _through_switch(value) if _compiled_by_xla(value) else value
+
+
+def _compiled_by_xla(value: Tensor) -> bool:
+    """Whether the value is a placeholder of a TensorFlow graph that XLA will compile, in whole or in clusters."""
+    if _BACKEND != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    if not tf.is_symbolic_tensor(value):
+        return False
+    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+    return bool(tf.config.optimizer.get_jit()) or GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _through_switch(value: Tensor) -> Tensor:
+    """The value, out of a conditional that no compiler can decide beforehand: it asks whether an entry is a number."""
+    first = ops.reshape(ops.slice(value, [0] * len(value.shape), [1] * len(value.shape)), ())
+    index = ops.cast(first != first, "int32")
+    if _BACKEND == "jax":
+        import jax
+
+        return jax.lax.switch(index, [lambda x: x, _with_plain_nans], value)
+    import tensorflow as tf
+
+    return tf.switch_case(index, [lambda: tf.identity(value), lambda: _with_plain_nans(value)])
+
+
+def _with_plain_nans(value: Tensor) -> Tensor:
+    return ops.where(value != value, ops.cast(float("nan"), value.dtype), value)
 
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -166,7 +166,7 @@ class Group:
                 return value
         members = self.members
         self._require_reach(members)
-        target = backend.settled(self._common_value(members))
+        target = backend.computed_once(self._common_value(members))
         result = None
         self._watches.clear()
         for member in members:
@@ -205,9 +205,10 @@ class Group:
         """
         members = self.members
         self._require_reach(members)
-        value = leader.pull(backend.settled(backend.read(leader.variable)))
+        written = backend.read(leader.variable)
+        value = backend.computed_once(leader.pull(written))
         for member in members:
-            if not member.anchor and (member is not leader or not leader.exact):
+            if not member.anchor and (member is not leader or value is not written):
                 member.variable.assign(backend.own_copy(member.show(value)))
 
     def _constrained(self, member: Member) -> Tensor:
@@ -352,7 +353,7 @@ def _show(members: Sequence[Member], common: Tensor) -> Tensor:
     same = []
     for member in members:
         value = backend.read(member.variable)
-        shown = ops.cast(member.show(common) == value, value.dtype)
+        shown = ops.cast(member.show(common) == value, "float32")
         same.append(member.pull(shown) != 0.0)
     return ops.all(ops.stack(same), axis=0)
 

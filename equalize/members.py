@@ -100,8 +100,8 @@ class Member:
 
     @property
     def exact(self) -> bool:
-        """Whether the view loses no bit: its gain is a power of two."""
-        return math.frexp(self.gain)[0] == 0.5
+        """Whether the view loses no bit. A multiple may round, also by a power of two: the smallest numbers."""
+        return self.gain == 1.0
 
     def pull(self, w: Tensor) -> Tensor:
         """The common value as the member's value `w` alone shows it."""

@@ -30,7 +30,7 @@ def average(views: tuple[View, ...], w: Tensor) -> Tensor:
     """
     leaders, signs = _orbits(views, tuple(w.shape))
     images = [view.forward(w) for view in _without_identity(views, tuple(w.shape))]
-    mean = projections.mean([w, *images])
+    mean = backend.computed_once(projections.mean([w, *images]))
     dtype = keras.backend.standardize_dtype(w.dtype)
     led = ops.take(ops.reshape(mean, (-1,)), ops.convert_to_tensor(leaders, "int32"))
     return ops.reshape(led * ops.cast(ops.convert_to_tensor(signs), dtype), w.shape)

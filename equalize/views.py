@@ -324,11 +324,15 @@ class Slice(View):
 class Chain(View):
     """Several views in a row: `Chain(a, b)` applies `a` to the common value, then `b`.
 
+    The factors of all `Scale`s are multiplied once, when the chain is made, and applied to the common value first: a
+    multiple commutes with moving entries about. So each entry is rounded once, by every compiler alike, and entries
+    that a `Slice` leaves free are only ever moved.
+
     Args:
         *views: The views, the one next to the common value first.
 
     Raises:
-        EqualizeError: No view is given.
+        EqualizeError: No view is given, or the product of the factors is out of range.
         TypeError: An argument is no view.
 
     Example:
@@ -345,31 +349,34 @@ class Chain(View):
         if not views:
             raise EqualizeError("`Chain` needs a view. Expected: one or more. Received: none.")
         self.views = views
+        parts = [part for view in views for part in (view.moves if isinstance(view, Chain) else [view])]
+        self.moves = [part for part in parts if not isinstance(part, Scale)]
+        """The views that move entries, without those that scale them."""
+        self.factor = math.prod(view.factor for view in views if isinstance(view, (Chain, Scale)))
+        """The product of the factors of all `Scale`s."""
         self.gain = _checked_gain(
-            math.prod(view.gain for view in views), f"`views` must not stretch so. Received: {views}."
+            math.prod(view.gain for view in self.moves) * abs(self.factor),
+            f"`views` must not stretch so. Received: {views}.",
         )
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
-        if like is None:
-            for view in self.views:
-                common = view.forward(common)
-            return common
+        common = self._scaled(common)
         inside = [like]
-        for view in reversed(self.views[1:]):
-            inside.insert(0, view.pull(inside[0]))
-        for view, current in zip(self.views, inside, strict=True):
+        for view in reversed(self.moves[1:]):
+            inside.insert(0, None if like is None else view.pull(inside[0]))
+        for view, current in zip(self.moves, inside, strict=False):
             common = view.forward(common, current)
         return common
 
     def adjoint(self, w: Tensor) -> Tensor:
-        for view in reversed(self.views):
+        for view in reversed(self.moves):
             w = view.adjoint(w)
-        return w
+        return self._scaled(w)
 
     def pull(self, w: Tensor) -> Tensor:
-        for view in reversed(self.views):
+        for view in reversed(self.moves):
             w = view.pull(w)
-        return w
+        return w if self.factor == 1.0 else w / self.factor
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
         for view in reversed(self.views):
@@ -387,6 +394,9 @@ class Chain(View):
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.views))})"
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.factor == 1.0 else x * self.factor
 
 
 def _flipped(x: Tensor, axes: Sequence[int]) -> Tensor:

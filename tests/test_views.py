@@ -389,3 +389,54 @@ def test_a_frozen_member_holds_the_others_through_its_view():
     fit(model, x=x, y=x[:, :1])
     assert np.array_equal(array(layers[1].kernel.value), frozen)
     assert np.array_equal(array(layers[0].kernel.value), frozen.T / 2)
+
+
+# ---- chains
+
+
+def test_a_chain_multiplies_its_factors_once():
+    chain = Chain(Scale(0.7), Flip(0), Chain(Scale(0.1), Transpose()), Scale(3.0))
+    assert chain.factor == pytest.approx(0.21)
+    assert [type(view) for view in chain.moves] == [Flip, Transpose]
+    x = np.float32([[1.1, -2.3], [0.3, 7.7], [5.9, 0.1]])
+    expected = (x * np.float32(chain.factor))[::-1].T
+    assert np.array_equal(array(chain.forward(ops.convert_to_tensor(x))), expected)
+    assert Chain.from_config(chain.get_config()) == chain
+    assert Chain(Scale(0.5), Scale(2.0)).forward(x) is x
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_chain_of_factors_is_equal_after_training(mode):
+    view = Chain(Scale(0.7), Scale(0.1))
+    model, (plain, scaled) = model_of([None, view])
+    registry = equalize.GroupRegistry()
+    registry.tie("g", [plain.kernel, (scaled.kernel, view)], Equal())
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
+    fit(model, registry, x=x, y=x[:, :1], **MODES[mode])
+    registry.check()
+
+
+@given(st.data())
+def test_entries_that_a_chain_leaves_free_keep_every_bit(data):
+    dtype = data.draw(st.sampled_from(list(strategies.DTYPES)))
+    moves = st.sampled_from([Flip(0), Flip(1), Rotate90(2), Scale(0.7), Scale(-3.0), Scale(1e-3)])
+    before, after = data.draw(st.lists(moves, max_size=2)), data.draw(st.lists(moves, max_size=2))
+    chain = Chain(*before, Slice((1, 0), (2, 3)), *after)
+    member = data.draw(strategies.arrays((4, 5), dtype, specials=True))
+    held = ops.convert_to_tensor(member)
+    shown = array(chain.forward(ops.zeros((2, 3), dtype), held))
+    free = array(chain.forward(ops.ones((2, 3)), ops.zeros((4, 5)))) == 0.0
+    assert free.sum() == 14
+    assert shown[free].tobytes() == array(held)[free].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_steps_move_the_free_entries_of_a_chain_as_if_untied(dtype):
+    values = np.array([[100.0, 1.1, 3.3], [0.7, 65000.0, 1e-3]])
+    tied, member, untied = (keras.Variable(v, dtype=dtype) for v in (np.ones((2, 2)), values, values))
+    view = Chain(Slice((0, 0), (2, 2)), Scale(1e-3))
+    equalize.GroupRegistry().tie("g", [tied, (member, view)], Equal())
+    optimizer = keras.optimizers.SGD(0.1)
+    for _ in range(3):
+        optimizer.apply([ops.ones(v.shape, dtype) for v in (tied, member, untied)], [tied, member, untied])
+        assert array(member.value)[:, 2].tobytes() == array(untied.value)[:, 2].tobytes()
