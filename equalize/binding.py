@@ -1,10 +1,11 @@
 """Putting a rule on a variable and taking it off, with respect for what else is there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 
+from equalize import references, retracing
 from equalize.errors import GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -40,6 +41,30 @@ def detach(group: Group) -> None:
     for member in group.members:
         member.variable.constraint = _without(member.variable.constraint, group)
         member.variable.regularizer = _without(member.variable.regularizer, group)
+
+
+def undeclare(groups: Sequence[Group]) -> None:
+    """Takes the rules of groups that layers declare out of the layers, too, so that their configs are plain Keras's.
+
+    A layer that only passes a rule on, as `MultiHeadAttention` does to the layers inside it, has it in its config, too.
+    """
+    declared = {group.name: {id(member.variable) for member in group.members} for group in groups if group.declared}
+    for layer in retracing.living(keras.Layer) if declared else ():
+        for rule in [part for value in vars(layer).values() for part in references.objects(value)]:
+            if isinstance(rule, Rule):
+                left = _undeclared(rule, layer, declared)
+                if left is not rule:
+                    references.exchange(layer, rule, left)
+
+
+def _undeclared(rule: Any, layer: keras.Layer, declared: Mapping[str, set[int]]) -> Any:
+    """What is left of a rule that a layer holds when groups are dissolved, each given by its variables."""
+    if not isinstance(rule, Rule):
+        return rule
+    inner = _undeclared(rule.inner, layer, declared)
+    if rule.bound_group is None and any(id(weight) in declared.get(rule.group or "", ()) for weight in layer.weights):
+        return inner
+    return rule if inner is rule.inner else rule.around(inner)
 
 
 def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: Group | None = None) -> list[Any]:

@@ -57,11 +57,15 @@ class Group:
         self._uncalled: set[Member] = set()
         self._evaluation: Evaluation | None = None
         self._led = 0
+        self._held: list[int] = []  # the anchors that the others keep alive, by their ids
 
     @property
     def members(self) -> tuple[Member, ...]:
         """The members whose variables still exist."""
-        return tuple(member for member in self._members if member.alive)
+        members = tuple(member for member in self._members if member.alive)
+        if self._held != [id(member.variable) for member in members if member.anchor]:
+            self.hold_anchors()
+        return members
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -98,6 +102,21 @@ class Group:
         self._evaluation = None
         self._watches.clear()
         self._uncalled = set()
+
+    def hold_anchors(self) -> None:
+        """Has the members that may move keep the others alive: a pull must not end because its anchor is forgotten.
+
+        The rules on the variables hold them, and not the group, since a registry keeps no model alive.
+        """
+        members = [member for member in self._members if member.alive]
+        anchors = tuple(member.variable for member in members if member.anchor)
+        self._held = [id(anchor) for anchor in anchors]
+        for member in members:
+            for rule in (member.variable.constraint, member.variable.regularizer):
+                while isinstance(rule, Rule):
+                    if rule.bound_group is self:
+                        rule.anchors = () if member.anchor else anchors
+                    rule = rule.inner
 
     @property
     def hard(self) -> bool:
@@ -235,6 +254,8 @@ class Group:
 
         What anchors contribute is spread over the shares of the others, since Keras asks only trainable variables.
         """
+        if backend.in_symbolic_scope():  # Keras infers shapes, and on PyTorch gives a new tensor for each read
+            return projections.widen(ops.zeros((), x.dtype))
         members = self.members
         evaluation = self._evaluation
         if evaluation is None or not evaluation.serves(self.rule, member, members):

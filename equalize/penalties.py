@@ -47,7 +47,7 @@ def mean_l2(values: Sequence[Tensor]) -> list[Share]:
 
     Since Σ(w_i − mean) = 0, what would flow through the mean cancels, and 2·(w_i − mean) is all of ∂P/∂w_i.
     """
-    mean = _mean(values)
+    mean = backend.computed_once(_mean(values))
     return [lambda x: backend.sum_of_squares(x - mean)] * len(values)
 
 

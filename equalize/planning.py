@@ -33,6 +33,7 @@ class Plan:
         for member, rule, inner in zip(self.group.members, self.rules, kept, strict=True):
             if not member.constant:
                 binding.attach(rule, self.group, member, inner)
+        self.group.hold_anchors()
         if self.group.hard:
             self.group.sync(initial)
         return self.group
@@ -92,6 +93,7 @@ def replace(group: Group, rule: Rule) -> None:
         if not member.constant:
             binding.attach(rule, group, member, kept)
     group.adopt(_for_group(rule, members, inner), members)
+    group.hold_anchors()
     retracing.retrace([member.variable for member in members])
 
 

@@ -139,9 +139,19 @@ class GroupRegistry(Inspection):
     def untie(self, *names: str) -> None:
         """Dissolves groups, all where none is named; the variables keep their values, and their inner rules.
 
-        A tie of layers can be named as a whole: `untie("blocks")` dissolves every `blocks/...`.
+        What was untied is plain Keras again, config included: layers that declare the rule are left with what it had
+        inside, so the model saves without a word of `equalize` and loads where `equalize` is not installed. A
+        `TiedOptimizer` is no part of that: compile with another optimizer.
+
+        Args:
+            *names: Names of groups, or of ties of layers: `untie("blocks")` dissolves every `blocks/...`.
+
+        Raises:
+            EqualizeError: There is no such group.
+            TypeError: A name is no string.
         """
         groups = self.select(names)
+        binding.undeclare(groups)
         for group in groups:
             binding.detach(group)
             del self._groups[group.name]

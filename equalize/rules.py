@@ -37,6 +37,9 @@ class Rule:
     group: str | None
     inner: Any
 
+    anchors: tuple[keras.Variable, ...] = ()
+    """The variables that hold the member of a bound rule and that live as long as it does."""
+
     _binding: "tuple[Group, Member] | None" = None
     _dial: Any = None
 
@@ -102,6 +105,7 @@ class Rule:
         """A copy, bound as this one is, with something else inside."""
         around = self.template(inner)
         around._binding = self._binding
+        around.anchors = self.anchors
         return around
 
     @property
@@ -120,7 +124,7 @@ class Rule:
         return self._binding
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_binding", "_dial")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_binding", "_dial", "anchors")}
 
     def common_config(self) -> dict[str, Any]:
         """What the members of one group must agree on."""

@@ -1,11 +1,10 @@
 """One variable in several layers, and how two variables are related."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-from equalize import backend, binding, pairing, retracing
+from equalize import backend, binding, pairing, references, retracing
 from equalize.arguments import received
 from equalize.errors import GroupMismatchError
 
@@ -183,7 +182,7 @@ def _require_replaceable(
             "different layers; received two of one, which Keras saves and loads by their number. Tie them with "
             "`equalize.constraints.Equal` instead."
         )
-    if not any(_holds(value, old) for value in _attributes(owner).values()):
+    if not any(part is old for value in references.attributes(owner).values() for part in references.objects(value)):
         raise GroupMismatchError(
             f"Cannot share '{kept.path}' with layer '{owner.name}': it tracks '{old.path}' but holds it in none of its "
             "attributes, nor in a list, tuple or dictionary there. Expected: an attribute that can be set."
@@ -191,16 +190,12 @@ def _require_replaceable(
 
 
 def _owns(layer: keras.Layer, variable: keras.Variable) -> bool:
-    return any(own is variable for store in _stores(layer) for own in store)
-
-
-def _stores(layer: keras.Layer) -> tuple[list[Any], list[Any]]:
-    return layer._trainable_variables, layer._non_trainable_variables
+    return any(own is variable for store in references.stores(layer) for own in store)
 
 
 def _replace(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
     """Puts `new` in the place of `old`, also in the order of the layer's weights, by which Keras saves."""
-    store = next(store for store in _stores(layer) if any(own is old for own in store))
+    store = next(store for store in references.stores(layer) if any(own is old for own in store))
     index = next(i for i, own in enumerate(store) if own is old)
     locked, trainable = layer._tracker.locked, new.trainable
     layer._tracker.unlock()
@@ -210,40 +205,7 @@ def _replace(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> No
         layer._track_variable(new)
         new.trainable = trainable
         store.insert(index, store.pop())
-        for name, value in _attributes(layer).items():
-            if _holds(value, old):
-                setattr(layer, name, _exchanged(value, old, new))
+        references.exchange(layer, old, new)
     finally:
         if locked:
             layer._tracker.lock()
-
-
-def _attributes(layer: keras.Layer) -> dict[str, Any]:
-    stores = _stores(layer)
-    return {name: value for name, value in vars(layer).items() if not any(value is store for store in stores)}
-
-
-def _holds(value: Any, variable: keras.Variable) -> bool:
-    return value is variable or any(_holds(part, variable) for part in _parts(value))
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, (list, tuple)):
-        yield from value
-
-
-def _exchanged(value: Any, old: keras.Variable, new: keras.Variable) -> Any:
-    """The value with `new` for `old`; lists and dictionaries are changed in place, since others may hold them."""
-    if value is old:
-        return new
-    if isinstance(value, list):
-        value[:] = [_exchanged(part, old, new) for part in value]
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            value[key] = _exchanged(part, old, new)
-    elif isinstance(value, tuple):
-        parts = [_exchanged(part, old, new) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value

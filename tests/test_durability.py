@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import inspect
 import pathlib
 import pickle
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -295,3 +298,90 @@ def test_the_best_weights_that_early_stopping_restores_are_equal():
     assert losses[-1] > min(losses)
     assert bitwise_equal(*kernels(model))
     assert model.evaluate(*data(seed=1), verbose=0) == pytest.approx(min(losses), rel=1e-5)
+
+
+# ---- what was untied
+
+
+class OwnLayer(keras.layers.Layer):
+    """A layer that hands its constraints, in a dictionary, to a layer inside it."""
+
+    def __init__(self, constraints, **kwargs):
+        super().__init__(**kwargs)
+        self.constraints = {key: keras.constraints.get(value) for key, value in constraints.items()}
+        self.inner = keras.layers.Dense(2, kernel_constraint=self.constraints["kernel"])
+
+    def call(self, x):
+        return self.inner(x)
+
+    def get_config(self):
+        constraints = {key: keras.constraints.serialize(value) for key, value in self.constraints.items()}
+        return super().get_config() | {"constraints": constraints}
+
+
+DECLARED = {
+    "dense": lambda rule: keras.layers.Dense(2, kernel_constraint=rule),
+    "regularized": lambda rule: keras.layers.Dense(2, kernel_regularizer=MeanL2("g", inner="l2")),
+    "convolution": lambda rule: keras.layers.SeparableConv1D(2, 2, pointwise_constraint=rule),
+    "recurrent": lambda rule: keras.layers.LSTM(2, recurrent_constraint=rule),
+    "wrapped": lambda rule: keras.layers.TimeDistributed(keras.layers.Dense(2, kernel_constraint=rule)),
+    "bidirectional": lambda rule: keras.layers.Bidirectional(keras.layers.GRU(2, kernel_constraint=rule)),
+    "normalization": lambda rule: keras.layers.BatchNormalization(gamma_constraint=rule),
+    "nested": lambda rule: keras.Sequential([keras.Input((4, 3)), keras.layers.Dense(2, kernel_constraint=rule)]),
+    "own": lambda rule: OwnLayer({"kernel": rule}),
+    "attention": lambda rule: keras.layers.MultiHeadAttention(3, 3, kernel_constraint=rule),
+}
+
+
+@pytest.mark.parametrize("kind", DECLARED)
+def test_a_model_that_was_untied_is_plain_keras_config_included(kind):
+    rule = Equal("g", inner=keras.constraints.MaxNorm(3.0))
+    entrance = keras.Input((4, 3))
+    layers = [DECLARED[kind](rule) for _ in range(2)]
+    inputs = [entrance] * (2 if kind == "attention" else 1)
+    model = keras.Model(entrance, [layer(*inputs) for layer in layers])
+    registry = equalize.GroupRegistry().link(model)
+    assert "equalize" in str(keras.saving.serialize_keras_object(model))
+    registry.untie()
+    config = str(keras.saving.serialize_keras_object(model))
+    assert "equalize" not in config
+    assert config.count("'L2'" if kind == "regularized" else "'MaxNorm'") >= 2
+    with pytest.raises(NotLinkedError, match="No rule was found"):
+        equalize.GroupRegistry().link(model)
+
+
+def test_untying_one_group_leaves_the_rules_of_others_and_of_copies():
+    entrance = keras.Input((4,))
+    layers = [
+        keras.layers.Dense(4, kernel_constraint=Equal("kernels"), bias_constraint=Equal("biases")) for _ in range(2)
+    ]
+    model = keras.Model(entrance, [layer(entrance) for layer in layers])
+    copied = keras.models.clone_model(model)
+    registry = equalize.GroupRegistry().link(model)
+    equalize.GroupRegistry().link(copied)
+    registry.untie("kernels")
+    assert all(layer.kernel_constraint is None and layer.bias_constraint.group == "biases" for layer in layers)
+    assert all(layer.kernel_constraint.group == "kernels" for layer in copied.layers[1:])
+
+
+def load_without_equalize(file, expected):
+    """What a process does where equalize is not installed: loads a model, compares its predictions, trains it."""
+    sys.modules["equalize"] = None
+    model = keras.models.load_model(file)
+    x, y = data()
+    prediction = model.predict(x, verbose=0)
+    assert prediction.tobytes() == pathlib.Path(expected).read_bytes()
+    model.fit(x, y, verbose=0)
+
+
+def test_a_model_that_was_untied_loads_where_equalize_is_not_installed(tmp_path):
+    model, registry = compiled()
+    train(model, registry, epochs=1)
+    registry.untie()
+    model.save(tmp_path / "model.keras")
+    (tmp_path / "expected").write_bytes(model.predict(data()[0], verbose=0).tobytes())
+    # The tests' own modules need equalize, so this function's source runs by itself.
+    source = inspect.getsource(load_without_equalize) + inspect.getsource(data)
+    call = f"load_without_equalize({str(tmp_path / 'model.keras')!r}, {str(tmp_path / 'expected')!r})"
+    imports = "import pathlib, sys; import keras; import numpy as np\n"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{imports}{source}\n{call}"], check=True, cwd=tmp_path)

@@ -11,7 +11,7 @@ import equalize
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.regularizers import MeanL2
-from tests.conftest import BACKEND, bits, bitwise_equal, fit, kernels, towers
+from tests.conftest import BACKEND, bits, bitwise_equal, fit, gradients, kernels, towers
 
 
 def snapshot(model):
@@ -442,3 +442,57 @@ def test_objects_of_keras_2_are_refused_with_what_to_do():
         equalize.GroupRegistry().link(legacy)
     with pytest.raises(TypeError, match=r"expected a `keras.Variable`.*It is of Keras 2"):
         equalize.GroupRegistry().tie("legacy", [legacy, legacy], equalize.constraints.Equal())
+
+
+# ---- anchors that nobody else keeps
+
+
+RULES = [equalize.regularizers.MeanL2(factor=1.0), Equal(rate=0.5), Equal()]
+
+
+def step(optimizer, registry, variables):
+    soft = any(not group.projects for group in registry.values())
+    zeros = [np.zeros(tuple(v.shape), "float32") for v in variables]
+    slopes = gradients(registry.penalty, variables) if soft else zeros
+    optimizer.apply([ops.convert_to_tensor(slope) for slope in slopes], variables)
+
+
+@pytest.mark.parametrize("frozen_later", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.describe())
+def test_an_anchor_lives_as_long_as_a_member_that_it_holds(rule, frozen_later):
+    moving, anchor = (
+        keras.Variable(np.full((2,), 5.0), dtype="float32"),
+        keras.Variable(np.ones((2,)), dtype="float32", trainable=frozen_later),
+    )
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [anchor, moving], rule, initial="mean")
+    moving.assign([5.0, 5.0])
+    anchor.assign([1.0, 1.0])
+    optimizer = keras.optimizers.SGD(0.1)
+    if frozen_later:
+        anchor.trainable = False
+        registry.spread()  # a look, or a step, sees that it does not move
+    remembered = weakref.ref(anchor)
+    del anchor
+    gc.collect()
+    for _ in range(60):
+        step(optimizer, registry, [moving])
+    np.testing.assert_allclose(ops.convert_to_numpy(moving.value), 1.0, atol=0.1)
+    assert len(registry["pair"].members) == 2
+    del moving, optimizer
+    gc.collect()
+    assert remembered() is None
+    assert list(registry) == []
+
+
+def test_an_anchor_that_is_thawed_or_untied_is_held_no_longer():
+    for end in (lambda variable, registry: setattr(variable, "trainable", True), lambda _, registry: registry.untie()):
+        moving, anchor = keras.Variable(np.zeros((2,))), keras.Variable(np.ones((2,)), trainable=False)
+        registry = equalize.GroupRegistry()
+        registry.tie("pair", [moving, anchor], Equal())
+        end(anchor, registry)
+        registry.project()
+        remembered = weakref.ref(anchor)
+        del anchor
+        gc.collect()
+        assert remembered() is None
