@@ -19,6 +19,7 @@ class Inspection(Mapping[str, Group]):
     """The part of `equalize.GroupRegistry` that looks at groups: tables, pictures, findings, checks."""
 
     monitors: weakref.WeakSet[Any]
+    pending: list[str]
     _models: weakref.WeakSet[keras.Model]
 
     def select(self, names: Sequence[str]) -> list[Group]:
@@ -139,7 +140,8 @@ class Inspection(Mapping[str, Group]):
         return {each.group: each for each in advice}
 
     def __repr__(self) -> str:
-        return f"<GroupRegistry: {', '.join(map(repr, self.values())) or 'no groups'}>"
+        listed = [*map(repr, self.values()), *(f"{name!r} (not linked yet)" for name in self.pending)]
+        return f"<GroupRegistry: {', '.join(listed) or 'no groups'}>"
 
     def __rich_console__(
         self, console: rich.console.Console, options: rich.console.ConsoleOptions

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from equalize import arguments, binding, configs, leading, matching
+from equalize import arguments, backend, binding, configs, leading, matching, retracing
 from equalize.arguments import received
 from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, NotLinkedError
@@ -40,9 +40,10 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     first in the model. What writes variables by the inner optimizer's list, as `keras.callbacks.SwapEMAWeights` does,
     writes that member only: train with `equalize.callbacks.TieMonitor` after it, or call `follow`.
 
-    After loading a model with its optimizer, link before training on: `model.optimizer.registry.link(model)`. In mixed
-    float16 Keras wraps the optimizer, and it is `model.optimizer.inner_optimizer.registry`. Members are compared when
-    slots are made; if other values are loaded later, call `registry.sync()`, or the first member's are taken.
+    An optimizer that is loaded with a model links itself, and its registry is `model.optimizer.registry` (in mixed
+    float16, where Keras wraps the optimizer, `model.optimizer.inner_optimizer.registry`). Where the loaded ties do not
+    fit the model, training is an error that says why. Members are compared when slots are made; if other values are
+    loaded later, call `registry.sync()`, or the first member's are taken.
 
     Args:
         inner_optimizer: A Keras optimizer, its name or its config. A `LossScaleOptimizer` may be inside or around.
@@ -88,6 +89,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self._scaled_outside = False
         self._handed: tuple[int, ...] | None = None
         self._known: frozenset[int] | None = None
+        self._loaded = False
+        self._problem: EqualizeError | None = None
         self.registry = registry
         self.reduction = reduction
         self.inner_optimizer = inner_optimizer
@@ -105,6 +108,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         variables = arguments.variables("variables", variables)
         if self.built or not variables:  # Keras reads HDF5 files before it knows the variables
             return
+        if self._loaded:
+            self._link(variables)
         leads = self._leads(variables)
         for lead in leads:
             matching.require_equal_if_known(lead.group)
@@ -114,6 +119,21 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self._known = frozenset(id(lead.group) for lead in leads) or None
         self.inner_optimizer.build([variables[index] for index in self._handed])
         super().build(variables)
+
+    def _link(self, variables: Sequence[keras.Variable]) -> None:
+        """Links the registry of a loaded optimizer with the model that trains the variables, where that can be done."""
+        trained = {id(variable) for variable in variables}
+        models = [
+            model
+            for model in retracing.living(keras.Model)
+            if trained <= {id(variable) for variable in model.trainable_variables}
+        ]
+        if models:
+            try:
+                with backend.eagerly():  # the first step may be traced
+                    self.registry.link(min(models, key=lambda model: len(model.weights)))
+            except EqualizeError as error:  # shown when training starts: the model may be loaded for other purposes
+                self._problem = error
 
     @property
     def groups(self) -> list[Group]:
@@ -269,9 +289,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "TiedOptimizer":
-        """The optimizer of a config, with a registry that is not linked.
+        """The optimizer of a config. It links its registry when it is built for the variables of a model.
 
-        `handed` says which of the trained variables had slots, since Keras makes those before the ties are linked.
+        `handed` says which of the trained variables had slots, for a model whose ties cannot be linked.
 
         Raises:
             EqualizeError: The config is damaged, or has an optimizer of a class that Keras does not know.
@@ -286,6 +306,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             given["registry"] = configs.restored(config["registry"], GroupRegistry, "a registry")
             optimizer = cls(**given)
         optimizer._handed = handed
+        optimizer._loaded = handed is not None
         return optimizer
 
     def _leads(self, variables: Sequence[keras.Variable]) -> list[Lead]:
@@ -320,9 +341,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             raise NotLinkedError(
                 "TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are "
                 f"trained; received {self.registry!r}. Link or tie the model's layers before training: "
-                "`registry.link(model)`; after loading a model `model.optimizer.registry.link(model)`, or, under a "
-                "LossScaleOptimizer, `model.optimizer.inner_optimizer.registry.link(model)`."
-            )
+                "`registry.link(model)`, or `registry.tie(...)`."
+                f"{'' if self._problem is None else f' Linking the loaded ties failed: {self._problem}'}"
+            ) from self._problem
 
     def _reduced(self, leads: Sequence[Lead], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
         """The gradients for the inner optimizer, in the order of the variables: those of a group are one."""

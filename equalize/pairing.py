@@ -1,4 +1,4 @@
-"""Which weight of one layer corresponds to which of another: by its place inside the layer."""
+"""Which weight of one layer corresponds to which of another: by place and kind, whatever their names."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -24,48 +24,84 @@ def paired_weights(
 
     Raises:
         NotLinkedError: A layer has no weights yet.
-        GroupMismatchError: The layers have different places.
+        GroupMismatchError: The layers have different structures.
     """
-    by_layer = []
     for layer in layers:
-        places = dict(_places(layer, trainable))
-        if not places:
+        if not _weights(layer, trainable, set()):
             raise NotLinkedError(
                 f"{task}: layer '{layer.name}' has no weights"
                 f"{'' if layer.built else ', since it is not built'}. Expected: a built layer with weights. "
                 "Build it, or call it once, before."
             )
-        by_layer.append(places)
-    for layer, places in zip(layers[1:], by_layer[1:], strict=True):
-        if list(places) != list(by_layer[0]):
+    return dict(_pairs(task, layers, trainable, "", [set() for _ in layers]))
+
+
+def _pairs(
+    task: str, layers: Sequence[keras.Layer], trainable: bool, prefix: str, seen: list[set[int]]
+) -> Iterator[tuple[str, list[keras.Variable]]]:
+    """The weights side by side, with the place that the first layer gives them.
+
+    Names only make places readable: siblings are told apart by their order among those of one base name, so `dense_7`
+    and `dense_8` are `dense` and `dense_1` in every layer.
+    """
+    taken: dict[str, int] = {}
+    own = [_own(layer, trainable, known) for layer, known in zip(layers, seen, strict=True)]
+    children = [_children(layer, trainable, known) for layer, known in zip(layers, seen, strict=True)]
+    for layer, weights, below in zip(layers[1:], own[1:], children[1:], strict=True):
+        if len(weights) != len(own[0]) or len(below) != len(children[0]) or not _of_one_kind(layers[0], layer):
             raise GroupMismatchError(
-                f"{task}: their structures differ.\n"
-                f"Expected, set by {_outline(layers[0], by_layer[0])}\n"
-                f"Received {_outline(layer, places)}\n"
+                f"{task}: their structures differ{f' at {prefix[:-1]!r}' if prefix else ''}.\n"
+                f"Expected, set by {_outline(layers[0], own[0], children[0])}\n"
+                f"Received {_outline(layer, weights, below)}\n"
                 "Take layers of one structure, or their variables one by one."
             )
-    return {place: [places[place] for places in by_layer] for place in by_layer[0]}
+    for weights in zip(*own, strict=True):
+        yield prefix + _numbered(_stable(weights[0]), taken), list(weights)
+    for siblings in zip(*children, strict=True):
+        if all(id(child) in known for child, known in zip(siblings, seen, strict=True)):
+            continue
+        for child, known in zip(siblings, seen, strict=True):
+            known.add(id(child))
+        yield from _pairs(task, siblings, trainable, f"{prefix}{_numbered(_base(siblings[0].name), taken)}/", seen)
 
 
-def _places(
-    layer: keras.Layer, trainable: bool, prefix: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, keras.Variable]]:
-    """The weights, frozen or not, with their places in the tree of layers.
+def _own(layer: keras.Layer, trainable: bool, seen: set[int]) -> list[keras.Variable]:
+    """The weights that the layer itself holds, frozen or not, without those that were seen; they are seen now."""
+    weights = {id(v): v for v in layer._trainable_variables + ([] if trainable else layer._non_trainable_variables)}
+    new = [weight for key, weight in weights.items() if key not in seen]
+    seen.update(weights)
+    return new
 
-    Keras numbers layers in the order of their making, so siblings are told apart by their order among those of one
-    base name: `dense_7` and `dense_8` are `dense` and `dense_1` in every layer.
-    """
-    seen = set() if seen is None else seen
-    taken: dict[str, int] = {}
-    for variable in layer._trainable_variables + ([] if trainable else layer._non_trainable_variables):
-        if id(variable) not in seen:
-            seen.add(id(variable))
-            yield prefix + _numbered(variable.name, taken), variable
-    for child in layer._layers:
-        if id(child) not in seen:
-            seen.add(id(child))
-            below = f"{prefix}{_numbered(re.sub(r'_[0-9]+$', '', child.name), taken)}/"
-            yield from _places(child, trainable, below, seen)
+
+def _children(layer: keras.Layer, trainable: bool, seen: set[int]) -> list[keras.Layer]:
+    """The layers inside that have weights."""
+    children = {id(child): child for child in layer._layers}
+    return [child for key, child in children.items() if key not in seen and _weights(child, trainable, set())]
+
+
+def _weights(layer: keras.Layer, trainable: bool, seen: set[int]) -> bool:
+    """Whether the layer, or one inside it, has weights."""
+    if id(layer) in seen:
+        return False
+    seen.add(id(layer))
+    has = layer._trainable_variables or (not trainable and layer._non_trainable_variables)
+    return bool(has) or any(_weights(child, trainable, seen) for child in layer._layers)
+
+
+def _of_one_kind(first: keras.Layer, other: keras.Layer) -> bool:
+    """Whether two layers do the same with their weights, as far as one can see: one class, or weights of one name."""
+    names = [[_stable(weight) for weight in _own(layer, False, set())] for layer in (first, other)]
+    return type(first) is type(other) or names[0] == names[1]
+
+
+def _base(name: str) -> str:
+    """A name without the number by which Keras tells it from others."""
+    return re.sub(r"_[0-9]+$", "", name)
+
+
+def _stable(weight: keras.Variable) -> str:
+    """A weight's name; Keras numbers those that were made without one in the order of their making."""
+    return re.sub(r"^variable_[0-9]+$", "variable", weight.name)
 
 
 def _numbered(base: str, taken: dict[str, int]) -> str:
@@ -73,6 +109,7 @@ def _numbered(base: str, taken: dict[str, int]) -> str:
     return base if taken[base] == 0 else f"{base}_{taken[base]}"
 
 
-def _outline(layer: keras.Layer, places: dict[str, keras.Variable]) -> str:
-    lines = "".join(f"\n    {place} {tuple(variable.shape)}" for place, variable in places.items())
-    return f"'{layer.name}' ({type(layer).__name__}):{lines}"
+def _outline(layer: keras.Layer, weights: Sequence[keras.Variable], children: Sequence[keras.Layer]) -> str:
+    lines = [f"{weight.name} {tuple(weight.shape)}" for weight in weights]
+    lines += [f"{child.name} ({type(child).__name__})" for child in children]
+    return f"'{layer.name}' ({type(layer).__name__}):" + "".join(f"\n    {line}" for line in lines)

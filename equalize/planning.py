@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from equalize import backend, binding, discovery, matching, persistence, retracing
+from equalize import backend, binding, discovery, matching, persistence, places, retracing
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -107,7 +107,11 @@ def restore(
     groups: Mapping[str, Group], pending: Sequence[dict[str, Any]], models: Sequence[Any], initial: str
 ) -> list[Plan]:
     """The groups of a registry's config, for models."""
-    weights = [weight for model in models for weight in discovery.weights_of(model)] if pending else []
+    if not pending:
+        return []
+    for model in models:
+        discovery.weights_of(model)
+    weights = [places.weights_by_place(model) for model in models]
     return [
         plan(groups, entry["name"], persistence.members_of(entry, weights), persistence.rule_of(entry), initial)
         for entry in pending

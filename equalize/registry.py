@@ -53,7 +53,7 @@ class GroupRegistry(Inspection):
         """Finds the rules in built models, checks the groups that they name, and makes hard groups equal.
 
         Nothing is changed before everything is checked. Linking a model again changes nothing. A registry made by
-        `from_config` also ties what its config says, by the paths of variables.
+        `from_config` also ties what its config says, by the places of variables in the tree of layers.
 
         Args:
             *models: Built models (or layers). Give several in one call where one group spans models that are
@@ -133,6 +133,7 @@ class GroupRegistry(Inspection):
             planned.append(planning.plan(self, group_name, group_members, rule, initial))
         planning.require_apart(planned)
         groups = [self._add(plan.establish(initial)) for plan in planned]
+        self._pending = [entry for entry in self._pending if not _within(entry["name"], name)]
         retracing.retrace(_variables(groups))
         return groups if layers else groups[0]
 
@@ -215,7 +216,7 @@ class GroupRegistry(Inspection):
         names = arguments.names("names", names)
         selected = {} if names else dict(self)
         for name in names:
-            below = {key: group for key, group in self.items() if key.startswith(f"{name}/")}
+            below = {key: group for key, group in self.items() if _within(key, name)}
             below = {name: self[name]} if name in self else below
             if not below:
                 raise EqualizeError(_unknown(name, self))
@@ -223,16 +224,22 @@ class GroupRegistry(Inspection):
         return list(selected.values())
 
     def get_config(self) -> dict[str, Any]:
-        """The ties made with `tie`, as JSON-serializable data: rules, paths of variables, views and constants.
+        """The ties made with `tie`, as JSON-serializable data: rules, places of variables, views and constants.
 
-        Ties that layers carry in their own configs are not repeated here.
+        A variable is known by its place in the tree of layers of each living model that holds it, since names and
+        paths are neither unique nor stable. Ties that layers carry in their own configs are not repeated here.
         """
-        made = [persistence.group_config(group) for group in self.values() if not group.declared]
+        made = persistence.group_configs([group for group in self.values() if not group.declared])
         return {"groups": made + copy.deepcopy(self._pending)}
+
+    @property
+    def pending(self) -> list[str]:
+        """The names of groups of a config that `link` has yet to make."""
+        return [entry["name"] for entry in self._pending]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GroupRegistry":
-        """A registry with the ties of a config, which `link(model)` makes for a model with the same paths.
+        """A registry with the ties of a config, which `link(model)` makes for a model of the same structure.
 
         Raises:
             EqualizeError: The config is truncated, or was changed into something else.
@@ -273,6 +280,11 @@ def checked_registry(registry: Any) -> GroupRegistry:
 
 def _variables(groups: Iterable[Group]) -> list[keras.Variable]:
     return [member.variable for group in groups for member in group.members]
+
+
+def _within(name: str, tie: str) -> bool:
+    """Whether a group is the tie of this name, or one of those that a tie of layers made."""
+    return name == tie or name.startswith(f"{tie}/")
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ def said(error):
 def places_that_raise():
     """File, first and last line, and function of every `raise` and warning with a message."""
     places = []
-    for file in sorted(FOLDER.glob("*.py")):
+    for file in sorted(FOLDER.rglob("*.py")):
         tree = ast.parse(file.read_text("utf-8"))
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         for node in ast.walk(tree):
@@ -1300,9 +1300,10 @@ def config_of_something_else():
 @message(
     """
     This is no config of a registry: expected groups with the entries ['members', 'name', 'rule'];
-    received {'name': 'pair', 'members': [{'view': None, 'weight': 1.0, 'path': 'left/kernel'}, {'view':
-    None, 'weight': 1.0, 'path': 'right/kernel'}]} of type <class 'dict'>. Use what
-    `registry.get_config()` returned, unchanged.
+    received {'name': 'pair', 'members': [{'view': None, 'weight': 1.0, 'path': 'left/kernel', 'shape':
+    [4, 3], 'dtype': 'float32', 'places': [['63f71ab85682d262', 0, 'vars/0']]}, {'view': None, 'weight':
+    1.0, 'path': 'right/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places': [['63f71ab85682d262', 1,
+    'vars/0']]}]} of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_of_half_a_group():
@@ -1312,8 +1313,9 @@ def config_of_half_a_group():
 @message(
     """
     This is no config of a registry: expected at least two members in group 'pair'; received [{'view':
-    None, 'weight': 1.0, 'path': 'left/kernel'}] of type <class 'list'>. Use what
-    `registry.get_config()` returned, unchanged.
+    None, 'weight': 1.0, 'path': 'left/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places':
+    [['63f71ab85682d262', 0, 'vars/0']]}] of type <class 'list'>. Use what `registry.get_config()`
+    returned, unchanged.
     """
 )
 def config_with_one_member():
@@ -1322,8 +1324,9 @@ def config_with_one_member():
 
 @message(
     """
-    This is no config of a registry: expected members with a path or a constant, a view and a weight in
-    'pair'; received {'view': None, 'weight': 1.0} of type <class 'dict'>. Use what
+    This is no config of a registry: expected members with their places or a constant, a view and a
+    weight in 'pair'; received {'view': None, 'weight': 1.0, 'shape': [4, 3], 'dtype': 'float32',
+    'places': [['63f71ab85682d262', 0, 'vars/0']]} of type <class 'dict'>. Use what
     `registry.get_config()` returned, unchanged.
     """
 )
@@ -1410,14 +1413,42 @@ def config_with_a_bad_constant():
 
 @message(
     """
-    Cannot find the member 'right/kernel' of group 'pair': no weight has this path. Expected: the layer
-    names that the tie was made with. Received a model with: left/bias, left/kernel, other/bias,
-    other/kernel. Give the layers names of their own when the model is made, or tie its variables anew
-    with `tie`.
+    Cannot find the member 'right/kernel' (4, 3) float32 of group 'pair': no weight has its place or its
+    path. Expected: the model that the tie was made with, or one of its structure. Nearest weights:
+    'left/kernel', 'third/kernel', 'other/kernel'. Tie the variables of this model again with `tie`.
     """
 )
 def config_for_another_model():
-    damaged(lambda config: None).link(model_of(*dense("left", "other")))
+    damaged(lambda config: None).link(model_of(*dense("left", "other"), *dense("third")))
+
+
+@message(
+    """
+    Cannot find the member 'gone' (4, 7) float32 of group 'pair': the weight at its place,
+    'left/kernel', is (4, 3) float32. Expected: the model that the tie was made with, or one of its
+    structure. Nearest weights: 'right/kernel', 'left/kernel', 'left/bias'. Tie the variables of this
+    model again with `tie`.
+    """
+)
+def config_with_a_weight_of_another_shape_at_the_place():
+    registry = damaged(lambda config: config["groups"][0]["members"][0].update(path="gone", shape=[4, 7]))
+    registry.link(*dense("left", "right"))
+
+
+@message(
+    """
+    Cannot find the member 'left/kernel' (4, 3) float32 of group 'pair': its place and its path belong
+    to two weights. Expected: the model that the tie was made with, or one of its structure. Nearest
+    weights: 'left/kernel', 'third/kernel', 'right/kernel'. Tie the variables of this model again with
+    `tie`.
+    """
+)
+def config_whose_place_and_path_contradict_each_other():
+    registry, (left, right) = tied()
+    model = model_of(left, right)
+    restored = equalize.GroupRegistry.from_config(registry.get_config())
+    del model
+    restored.link(model_of(*dense("right", "left", "third")))
 
 
 @message(
@@ -1515,8 +1546,7 @@ def optimizer_inside_its_like():
     """
     TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are
     trained; received <GroupRegistry: no groups>. Link or tie the model's layers before training:
-    `registry.link(model)`; after loading a model `model.optimizer.registry.link(model)`, or, under a
-    LossScaleOptimizer, `model.optimizer.inner_optimizer.registry.link(model)`.
+    `registry.link(model)`, or `registry.tie(...)`.
     """
 )
 def optimizer_without_ties():

@@ -238,34 +238,42 @@ def test_nothing_is_found_by_diagnose_that_concerns_members_one_by_one():
 # ---- files
 
 
-def link_by_itself(model):
-    return equalize.GroupRegistry().link(model)
-
-
-def link_through_the_optimizer(model):
-    return model.optimizer.registry.link(model)
-
-
-@pytest.mark.parametrize(
-    ("by_hand", "link"),
-    [(False, link_by_itself), (False, link_through_the_optimizer), (True, link_through_the_optimizer)],
-)
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_loaded_model_trains_on_as_if_there_had_been_no_break(tmp_path, by_hand, link, scaled):
-    model, _, optimizer = tied_towers(by_hand=by_hand)
+def test_a_loaded_model_links_itself_and_trains_on_as_if_there_had_been_no_break(tmp_path, by_hand, scaled):
+    model, registry, optimizer = tied_towers(by_hand=by_hand)
     model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse", **MODES[QUICK])
     train(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert state(loaded) == state(model)
-    optimizer = loaded.optimizer.inner_optimizer if scaled else loaded.optimizer
-    with pytest.raises(NotLinkedError, match=r"registry\.link\(model\)"):
-        optimizer.apply(ones(loaded.trainable_variables))
-    registry = optimizer.registry.link(loaded) if scaled else link(loaded)
+    linked = (loaded.optimizer.inner_optimizer if scaled else loaded.optimizer).registry
+    assert list(linked) == list(registry)
+    assert linked.link(loaded) is linked  # once more changes nothing
+    assert state(loaded) == state(model)
     for each in (model, loaded):
         train(each)
-    registry.check()
+    linked.check()
     assert state(loaded) == state(model)
+    loaded.save(tmp_path / "again.keras")
+    again = keras.models.load_model(tmp_path / "again.keras")
+    for each in (model, again):
+        train(each)
+    assert state(again) == state(model)
+
+
+def test_a_loaded_optimizer_whose_ties_do_not_fit_says_why_when_training_starts():
+    model, _, optimizer = tied_towers(by_hand=True)
+    optimizer.build(model.trainable_variables)
+    loaded = TiedOptimizer.from_config(optimizer.get_config())
+    assert loaded.registry.pending == ["towers"]
+    assert "'towers' (not linked yet)" in repr(loaded.registry)
+    wider = towers(3, units=5)
+    wider.compile(loaded, "mse")
+    with pytest.raises(
+        NotLinkedError, match=r"Linking the loaded ties failed: Cannot find the member 'tower_0/kernel'"
+    ):
+        wider.fit(*data(), verbose=0)
 
 
 def test_weights_and_checkpoints_bring_back_the_same_run(tmp_path):

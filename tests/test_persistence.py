@@ -87,7 +87,7 @@ def test_a_path_that_is_gone_is_named_and_nothing_changes():
     other = towers(2)
     before = [(bits(weight), weight.constraint) for weight in other.weights]
     restored = through_json(registry)
-    with pytest.raises(GroupMismatchError, match=r"'encoder/kernel' of group 'ae': no weight has this path.*tower_0"):
+    with pytest.raises(GroupMismatchError, match=r"'encoder/kernel' .* of group 'ae': .*tower_0"):
         restored.link(other)
     assert [(bits(weight), weight.constraint) for weight in other.weights] == before
     assert len(restored) == 0
@@ -122,6 +122,8 @@ def damaged():
         "missing": changed(lambda config: config["groups"][0].pop("rule")),
         "name": changed(lambda config: config["groups"][0].update(name=3)),
         "one member": changed(lambda config: config["groups"][0]["members"].pop()),
+        "place": changed(lambda config: config["groups"][0]["members"][0].update(places=[["a", -1, "b"]])),
+        "shape": changed(lambda config: config["groups"][0]["members"][0].update(shape=[2.0])),
         "no path": changed(lambda config: config["groups"][0]["members"][0].pop("path")),
         "path": changed(lambda config: config["groups"][0]["members"][0].update(path=3)),
         "rule": changed(lambda config: config["groups"][0].update(rule="Equal")),
@@ -166,3 +168,141 @@ def test_a_variable_in_two_soft_groups_keeps_both_through_a_config():
     for each in (model, clone):
         losses = sum(float(ops.convert_to_numpy(loss)) for loss in each.losses)
         assert losses == pytest.approx(expected, rel=1e-5)
+
+
+# ---- places
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Scaled(keras.layers.Layer):
+    """Two weights without names, a scale and a shift, and an attention in a dictionary."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.shift = self.add_weight(shape=(shape[-1],), initializer="zeros")
+        self.parts = {"dense": [keras.layers.Dense(shape[-1]), keras.layers.Dense(shape[-1])]}
+        for layer in self.parts["dense"]:
+            layer.build(shape)
+
+    def call(self, x):
+        for layer in self.parts["dense"]:
+            x = layer(x)
+        return x * self.scale + self.shift
+
+
+def backbone(names):
+    """A ready-made backbone, which names its layers or not."""
+    entrance = keras.Input((4,))
+    return keras.Model(
+        entrance, keras.layers.Dense(4, name=names and names[0])(Scaled(name=names and names[1])(entrance))
+    )
+
+
+def two_backbones(*names):
+    entrance = keras.Input((4,))
+    towers = [backbone(each) for each in names]
+    return keras.Model(entrance, keras.layers.add([tower(entrance) for tower in towers])), towers
+
+
+NAMES = {
+    "without names": (None, None),
+    "the same names": (("hidden", "scaled"), ("hidden", "scaled")),
+    "a prefix": (("left_hidden", "left_scaled"), ("right_hidden", "right_scaled")),
+    "names of no likeness": (("alpha", "beta"), ("gamma", "delta")),
+}
+
+
+def weights_in_pairs(towers):
+    return list(zip(*(tower.trainable_variables for tower in towers), strict=True))
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_two_copies_of_a_backbone_are_tied_saved_and_linked_by_place(names, tmp_path):
+    model, towers = two_backbones(*NAMES[names])
+    registry = equalize.GroupRegistry()
+    assert len(registry.tie("towers", towers, Equal())) == 8
+    keras.Variable(0.0), keras.layers.Dense(1)  # whatever Keras numbers in the meantime
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    restored = through_json(registry).link(loaded)
+    assert [len(group.members) for group in restored.values()] == [2] * 8
+    loaded_towers = [layer for layer in loaded.layers if isinstance(layer, keras.Model)]
+    expected = {frozenset(map(id, pair)) for pair in weights_in_pairs(loaded_towers)}
+    assert {frozenset(id(member.variable) for member in group.members) for group in restored.values()} == expected
+
+
+def test_only_the_shifts_are_linked_where_only_they_were_tied():
+    model, towers = two_backbones(None, None)
+    layers = [next(layer for layer in tower.layers if isinstance(layer, Scaled)) for tower in towers]
+    registry = equalize.GroupRegistry()
+    registry.tie("shifts", [layer.shift for layer in layers], Equal())
+    keras.Variable(0.0)  # so that the scales of the clone have the names that the shifts had
+    clone = keras.models.clone_model(model)
+    restored = through_json(registry).link(clone)
+    copies = [layer for part in clone.layers for layer in getattr(part, "layers", []) if isinstance(layer, Scaled)]
+    assert [id(m.variable) for m in restored["shifts"].members] == [id(layer.shift) for layer in copies]
+
+
+def test_a_weight_of_another_shape_at_the_place_is_an_error_that_changes_nothing():
+    def pair(width):
+        entrance = keras.Input((4,))
+        layers = [keras.layers.Dense(width) for _ in range(2)]
+        return keras.Model(entrance, [layer(entrance) for layer in layers]), layers
+
+    _model, layers = pair(3)
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", layers, Equal())
+    restored = through_json(registry)
+    other, others = pair(5)
+    with pytest.raises(GroupMismatchError, match=r"\(4, 3\) float32 .*the weight at its place, .* is \(4, 5\)"):
+        restored.link(other)
+    assert restored.pending == ["pair/kernel", "pair/bias"]
+    assert all(layer.kernel.constraint is None for layer in others)
+
+
+def test_a_place_and_a_path_that_contradict_each_other_are_an_error():
+    def stack(*names):
+        layers = [keras.layers.Dense(4, name=name) for name in names]
+        return keras.Sequential([keras.Input((4,)), *layers], name="stack")
+
+    model = stack("first", "second")
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [layer.kernel for layer in model.layers], Equal())
+    longer = stack("zeroth", "first", "second")
+    with pytest.raises(GroupMismatchError, match="its place and its path belong to two weights"):
+        through_json(registry).link(longer)
+    renamed = stack("one", "two")
+    assert list(through_json(registry).link(renamed)) == ["pair"]
+
+
+def test_a_tie_takes_the_place_of_a_pending_one_of_its_name():
+    model, towers = two_backbones(None, None)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", towers, Equal())
+    restored = through_json(registry)
+    clone = keras.models.clone_model(model)
+    restored.tie("towers", [layer for layer in clone.layers if isinstance(layer, keras.Model)], Equal())
+    assert restored.pending == []
+    assert list(through_json(restored).link(keras.models.clone_model(model))) == list(registry)
+
+
+def test_two_models_of_one_structure_are_told_apart_by_their_order():
+    first, second = two_backbones(None, None)[1]
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [first.layers[-1].kernel, second.layers[-1].kernel], Equal())
+    clones = [keras.models.clone_model(model) for model in (first, second)]
+    restored = through_json(registry).link(*clones)
+    assert [id(m.variable) for m in restored["pair"].members] == [id(clone.layers[-1].kernel) for clone in clones]
+
+
+def test_layers_that_are_in_no_model_have_places_of_their_own():
+    layers = [keras.layers.Dense(3, name="same") for _ in range(2)]
+    for layer in layers:
+        layer.build((None, 2))
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", layers, Equal())
+    others = [keras.layers.Dense(3) for _ in range(2)]
+    for layer in others:
+        layer.build((None, 2))
+    restored = through_json(registry).link(*others)
+    assert [id(m.variable) for m in restored["pair/kernel"].members] == [id(layer.kernel) for layer in others]
