@@ -107,6 +107,12 @@ class GroupRegistry(Inspection):
         What is on a variable already goes on: its constraint becomes the rule's `inner`, its regularizer is still
         added.
 
+        A tie made here is in no layer's config, so a copy of the model does not have it: one that is cloned, pickled,
+        or saved and loaded trains untied, and nothing can notice. Tie the copy before you train it:
+        `GroupRegistry.from_config(registry.get_config()).link(copy)`. Two kinds of ties do travel: those that layers
+        declare (`kernel_constraint=Equal("towers")`), whose copies raise `NotLinkedError` until they are linked, and
+        those of a `TiedOptimizer`, which is saved with the model and has its registry.
+
         Args:
             name: Name of the group; with layers, the groups are named `name/place of the weight in the layer`.
             members: Variables and constant arrays, each alone or as a pair with its view
