@@ -10,7 +10,7 @@ import rich.console
 
 from equalize import arguments, plotting, reporting
 from equalize.advice import Advice, advise
-from equalize.diagnosis import Finding, findings
+from equalize.diagnosis import EQUALIZE, Finding, findings
 from equalize.errors import TieBrokenError
 from equalize.groups import Group
 
@@ -48,10 +48,8 @@ class Inspection(Mapping[str, Group]):
                 for name, spread in broken.items()
             )
             raise TieBrokenError(
-                f"{len(broken)} of {sum(group.hard for group in self.values())} hard groups are not equal; expected a "
-                f"spread of at most {atol:g}, received:{lines}\n"
-                "Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the "
-                "members equal again."
+                f"Hard groups that are not equal: {len(broken)} of {sum(group.hard for group in self.values())}; "
+                f"expected a spread of at most {atol:g}, received:{lines}\n{EQUALIZE}"
             )
 
     def summary(self, print_fn: Any = None) -> None:

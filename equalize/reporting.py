@@ -10,6 +10,7 @@ import rich.markup
 import rich.table
 
 from equalize.advice import Advice
+from equalize.arguments import counted
 from equalize.groups import Group
 
 # Logs are read in editors and mail, and by programs that know ASCII only.
@@ -137,5 +138,6 @@ def _cells(group: Group) -> tuple[str, ...]:
 def _closing(groups: Sequence[Group], findings: int) -> list[str]:
     stored, free = weights_stored(groups), weights_free(groups)
     share = f" ({free / stored:.1%})" if stored else ""
-    found = [f"Findings: {findings}; `registry.diagnose()` says what and how to mend it"] if findings else []
-    return [*found, f"Total: {len(groups)} groups, {stored:,} weights stored, {free:,} weights free{share}"]
+    total = counted(len(groups), "group")
+    found = [f"Findings: {findings}; `registry.diagnose()` says what and how to fix it"] if findings else []
+    return [*found, f"Total: {total}, {counted(stored, 'weight')} stored, {counted(free, 'weight')} free{share}"]
