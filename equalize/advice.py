@@ -1,58 +1,62 @@
-"""Is it worth tying? What data say about the members of a group."""
+"""Is it worth tying? What held-out data say about the members of a group."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from equalize import backend
+from equalize import backend, projections
 from equalize.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group, pulled_arrays
 from equalize.progress import bar
-from equalize.rules import Rule
+
+FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)
+"""How far members are moved to their mean, to see what the loss says."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What data say about tying one group.
+    """What held-out data say about tying one group.
 
     Attributes:
         group: Name of the group.
-        cosine: The mean cosine of the angle between two members' gradients, in [−1, 1]. Near 1 the data pull all
-            members the same way, and one update serves them all; near 0 they have nothing to do with each other;
-            below 0 they pull apart. Not a number where fewer than two members have a gradient.
+        losses: The loss if the members moved a part of the way to their mean (or to their anchor) and nothing else
+            changed, by that part: 0.0 (the loss as it is), 0.1, 0.25, 0.5 and 1.0 (all members equal). Above 0.0 not a
+            number where two anchors differ, since then there is no value to move to.
+        cosine: The mean cosine of the angle between two members' gradients, in [−1, 1]: whether the next step would
+            move the members the same way. That does not say whether tying helps. At the minimum of the loss of tied
+            members their gradients cancel, so that it is at or below 0 where tying is right. Not a number where fewer
+            than two members have a gradient.
         distance: How far apart the members are against their size, √(Σ‖w_i − mean‖² / Σ‖w_i‖²): 0 where they are
             equal, near 1 for independent random values.
-        loss: The loss on the data as it is.
-        tied_loss: The loss if the members were made equal now, and nothing else changed. Not a number where two
-            anchors differ, since then they cannot be.
 
     Example:
     >>> from equalize.advice import Advice
-    >>> advice = Advice("heads", cosine=0.9, distance=0.1, loss=1.0, tied_loss=1.25)
-    >>> advice.rise
+    >>> advice = Advice("heads", losses={0.0: 1.0, 0.1: 0.9, 0.25: 0.8, 0.5: 0.85, 1.0: 1.5}, cosine=-0.2, distance=0.1)
+    >>> advice.best
     0.25
     """
 
     group: str
+    losses: Mapping[float, float] = field(hash=False)
     cosine: float
     distance: float
-    loss: float
-    tied_loss: float
 
     @property
-    def rise(self) -> float:
-        """By how much the loss would rise if the group were tied now."""
-        return self.tied_loss - self.loss
+    def best(self) -> float:
+        """The part of the way with the lowest loss; of several the largest, which leaves fewest weights free."""
+        known = {fraction: loss for fraction, loss in self.losses.items() if loss == loss}
+        return max(known, key=lambda fraction: (-known[fraction], fraction), default=0.0)
 
 
 def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_size: int) -> list[Advice]:
-    """What the data say about each group, the penalties of the groups themselves left out.
+    """What the data say about each group, by the loss without the penalties on weights.
 
     Raises:
         EqualizeError: The model is not compiled, a member is none of its variables, the data do not fit together, or
@@ -68,8 +72,8 @@ def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_si
         )
     _require_members(groups, model)
     batches = list(_batches(x, y, batch_size))
-    passes = 1 + 2 * len(groups)
-    with _without_penalties(groups), _metrics_as_they_are(model), bar("Asking the data", passes * len(batches)) as step:
+    passes = 1 + len(FRACTIONS) * len(groups)
+    with _without_penalties(model), _as_it_is(model), bar("Asking the data", passes * len(batches)) as step:
         loss = _loss(model, batches, step)
         return [_advice(group, model, batches, loss, step) for group in groups]
 
@@ -84,14 +88,11 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
                 pulled = backend.array(moving[i].pull_gradient(gradient)).astype("float64")
                 sums[i] = sums[i] + size * pulled
         step()
-    try:
-        group.require_anchors_agree()
-    except GroupMismatchError:
-        tied_loss = float("nan")
-    else:
-        with _equal(group):
-            tied_loss = _loss(model, batches, step)
-    return Advice(group.name, _cosine(sums), _distance(group), loss, tied_loss)
+    losses = {FRACTIONS[0]: loss}
+    for fraction in FRACTIONS[1:]:
+        with _moved(group, fraction) as possible:
+            losses[fraction] = _loss(model, batches, step) if possible else math.nan
+    return Advice(group.name, losses, _cosine(sums), _distance(group))
 
 
 def _distance(group: Group) -> float:
@@ -169,13 +170,11 @@ def _require_members(groups: Sequence[Group], model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def _without_penalties(groups: Sequence[Group]) -> Iterator[None]:
-    """While open, members have no regularizer that ties, so that the loss is that of the untied model."""
-    kept = {id(m.variable): (m.variable, m.variable.regularizer) for group in groups for m in group.members}.values()
-    for variable, regularizer in kept:
-        while isinstance(regularizer, Rule):
-            regularizer = regularizer.inner
-        variable.regularizer = regularizer
+def _without_penalties(model: keras.Model) -> Iterator[None]:
+    """While open, no variable of the model has a regularizer: penalties are not what the data say."""
+    kept = [(variable, variable.regularizer) for variable in model.weights]
+    for variable, _ in kept:
+        variable.regularizer = None
     try:
         yield
     finally:
@@ -184,21 +183,33 @@ def _without_penalties(groups: Sequence[Group]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _metrics_as_they_are(model: keras.Model) -> Iterator[None]:
-    """Gives a model's metrics back what they held; computing a loss updates some of them."""
-    kept = [(variable, ops.convert_to_numpy(variable.value).copy()) for variable in model.metrics_variables]
-    try:
+def _as_it_is(model: keras.Model) -> Iterator[None]:
+    """Gives a model back what layers and metrics update while a loss is computed."""
+    with _kept([*model.non_trainable_variables, *model.metrics_variables]):
         yield
-    finally:
-        for variable, value in kept:
-            variable.assign(value)
 
 
 @contextlib.contextmanager
-def _equal(group: Group) -> Iterator[None]:
-    """While open, the members are equal, to their mean or their anchor."""
-    kept = [(member.variable, backend.array(member.variable.value).copy()) for member in group.members]
-    group.sync("mean")
+def _moved(group: Group, fraction: float) -> Iterator[bool]:
+    """While open, the members have moved a part of the way to the common value; says whether there is one."""
+    moving = [member for member in group.members if not member.anchor]
+    try:
+        group.require_anchors_agree()
+    except GroupMismatchError:
+        yield False
+        return
+    with _kept([member.variable for member in moving]):
+        common = group.value
+        for member in moving:
+            value = projections.relax(backend.read(member.variable), member.show(common), fraction)
+            member.variable.assign(backend.own_copy(value))
+        yield True
+
+
+@contextlib.contextmanager
+def _kept(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """Gives variables back what they held, bit for bit, also after an error."""
+    kept = [(variable, backend.array(variable.value).copy()) for variable in variables]
     try:
         yield
     finally:

@@ -26,6 +26,11 @@ def received(value: Any) -> str:
     return f"{text if len(text) <= _LONGEST else text[:_LONGEST] + '...'} of type {type(value)}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number of things, as in "1 group" and "2 groups"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> float:
     """A real number within its range.
 

@@ -126,8 +126,8 @@ class TieMonitor(keras.callbacks.Callback):
             return
         listed = ", ".join(f"'{name}' (spread {spread:g})" for name, spread in self.broken.items())
         warnings.warn(
-            f"{len(self.broken)} of {len(hard)} hard groups are not equal at the end of training; expected a spread "
-            f"of at most {self.atol:g}, received: {listed}. Averaging of weights (`use_ema`) does this. Give "
+            f"Hard groups that are not equal at the end of training: {len(self.broken)} of {len(hard)}; expected a "
+            f"spread of at most {self.atol:g}, received: {listed}. Averaging of weights (`use_ema`) does this. Give "
             'TieMonitor `repair=True`, or call `registry.sync("mean")`, which is exact.',
             UserWarning,
             stacklevel=2,

@@ -75,7 +75,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         view: View | None = None,
         inner: Any = None,
     ):
-        self.group = rules.checked_group(group)
+        self.group = rules.checked_group(group, type(self))
         self.rate = self.checked_strength(rate)
         self.weight = arguments.number("weight", weight, low=0.0, low_open=True)
         self.view = rules.checked_view(view)

@@ -6,9 +6,16 @@ from typing import Any
 
 import keras
 
+from equalize.arguments import counted
 from equalize.binding import rules_on
 from equalize.groups import Group
 from equalize.rules import Rule
+
+EQUALIZE = (
+    'After averaging of weights (`use_ema`) call `registry.sync("mean")`, which is exact. After loading weights that '
+    "differ call `registry.sync()`, which gives every member the value of the first."
+)
+"""What to do about hard groups that are not equal."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,8 @@ class Finding:
     >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
     >>> changed = first.kernel.assign(keras.ops.ones((2, 2)))
     >>> (finding,) = registry.diagnose()
-    >>> finding.kind, finding.subject, finding.fix
-    ('unequal', 'pair', 'Call `registry.sync()`.')
+    >>> finding.kind, finding.subject, "registry.sync()" in finding.fix
+    ('unequal', 'pair', True)
     """
 
     kind: str
@@ -71,7 +78,7 @@ def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
                 "unequal",
                 group.name,
                 f"the members of a hard group differ by up to {group.spread():g}.",
-                "Call `registry.sync()`.",
+                EQUALIZE,
             )
 
 
@@ -83,7 +90,7 @@ def _lost(groups: Iterable[Group]) -> Iterator[Finding]:
             yield Finding(
                 "lost",
                 group.name,
-                f"{listed} no longer exist, and the group ties the {len(group.members)} members that are left.",
+                f"the group has lost {listed}, and ties {counted(len(group.members), 'member')} now.",
                 "Building a layer anew and quantization make new variables: tie those with `registry.tie`. If a model "
                 "was deleted, there is nothing to do.",
             )

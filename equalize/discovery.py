@@ -125,9 +125,11 @@ def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
         paired = pairing.paired_weights(f"Cannot tie layers into group '{name}'", layers)
         return {f"{name}/{place}": [Member(v) for v in variables] for place, variables in paired.items()}, True
     if layers:
+        other = next(member for member in members if not isinstance(member, keras.Layer))
+        kind = "variable" if backend.is_variable(other) else type(other).__name__
         raise TypeError(
-            f"Cannot tie '{name}': expected either layers or variables; received both. Name the variable of the "
-            f"layer, for instance `{layers[0].name}.kernel`."
+            f"Cannot tie '{name}': expected either layers or variables; received the layer "
+            f"'{layers[0].name}' and a {kind}. {_by_variables(layers[0])}"
         )
     if not members:
         raise GroupMismatchError(
@@ -195,6 +197,15 @@ def weights_of(model: Any) -> list[keras.Variable]:
             "built model. Give it an `Input`, call `model.build(input_shape)`, or call it once on data."
         )
     return list(model.weights)
+
+
+def _by_variables(layer: keras.Layer) -> str:
+    """How to name the variables of a layer, by something that it has."""
+    if not layer.weights:
+        return "Build the layer and name its variables."
+    weight = layer.weights[0]
+    place = weight.name if getattr(layer, weight.name, None) is weight else "weights[0]"
+    return f"Name the variables of the layer, for instance `{layer.name}.{place}`."
 
 
 def _of_keras_2(x: Any) -> str:

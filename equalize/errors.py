@@ -64,7 +64,8 @@ class TieBrokenError(EqualizeError):
     """The members of a group that must be equal are not.
 
     Raised where equality is asked for: by `GroupRegistry.check`, by `initial="strict"`, and by `TiedOptimizer` when
-    it makes its slots. `registry.sync()` makes the members equal again.
+    it makes its slots. After averaging of weights (`use_ema`) `registry.sync("mean")` makes the members equal again;
+    after loading weights that differ `registry.sync()` does, with the value of the first.
 
     Example:
     >>> import keras, equalize

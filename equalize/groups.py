@@ -361,7 +361,7 @@ class Group:
                 )
 
     def __repr__(self) -> str:
-        return f"<Group {self.name!r}: {self.rule.describe()}, {len(self.members)} members>"
+        return f"<Group {self.name!r}: {self.rule.describe()}, {arguments.counted(len(self.members), 'member')}>"
 
 
 def _gentlest(members: Sequence[Member]) -> int:

@@ -10,7 +10,7 @@ import rich.console
 
 from equalize import arguments, plotting, reporting
 from equalize.advice import Advice, advise
-from equalize.diagnosis import Finding, findings
+from equalize.diagnosis import EQUALIZE, Finding, findings
 from equalize.errors import TieBrokenError
 from equalize.groups import Group
 
@@ -49,10 +49,8 @@ class Inspection(Mapping[str, Group]):
                 for name, spread in broken.items()
             )
             raise TieBrokenError(
-                f"{len(broken)} of {sum(group.hard for group in self.values())} hard groups are not equal; expected a "
-                f"spread of at most {atol:g}, received:{lines}\n"
-                "Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the "
-                "members equal again."
+                f"Hard groups that are not equal: {len(broken)} of {sum(group.hard for group in self.values())}; "
+                f"expected a spread of at most {atol:g}, received:{lines}\n{EQUALIZE}"
             )
 
     def summary(self, print_fn: Any = None) -> None:
@@ -107,20 +105,31 @@ class Inspection(Mapping[str, Group]):
         batch_size: int = 256,
         print_fn: Any = None,
     ) -> dict[str, Advice]:
-        """Is it worth tying? Prints what data say about each group, and returns it.
+        """Is it worth tying? Prints what held-out data say about each group, and returns it.
 
-        For each group: how well the members' gradients agree on the data, how far apart the members are, and what
-        the loss would be if they were equal now. The penalties of soft groups are left out of the loss, since they
-        are not what data say. Give held-out data to see what tying does to them. To ask before anything is tied, tie
-        softly with `factor=0.0`. Each group takes two passes over the data; a terminal shows a bar meanwhile.
+        Train the members free, or softly tied, and give data that they were **not** trained on. For each group, with
+        all others as they are: what the loss would be if its members moved 10, 25, 50 or 100 % of the way to their
+        mean, and which of these is best. Where 100 % is best, tie hard; where a part of the way is, tie softly, or by
+        `Equal(rate=...)`; where 0 % is, leave the members free. Small differences on few data are chance.
 
-        A rough reading: where gradients agree (cosine well above 0) and the loss hardly rises, tie hard; where they
-        agree and the loss rises, tie softly; where they disagree (cosine at or below 0), leave the members free.
+        Training data cannot tell: free members fit them best where they are, whether tying is right or not. Nor can
+        the gradients of members, of which the table has the mean cosine: at the minimum of the loss of tied members
+        they cancel, so they seem to disagree just where tying is right.
+
+        Members that are equal stay equal, so ask before you tie; to make a group that only measures, tie softly with
+        `factor=0.0`. And only members with one start can be averaged: networks trained from different random values
+        have their hidden units in different orders, and their mean says nothing. Call `registry.sync("first", ...)`
+        with the groups' names before you train.
+
+        Members move as the group's rule would have them: as views show the common value, by their weights, with the
+        inner constraint of `Equal`, and to the anchor where there is one. Penalties on weights, those of ties and all
+        others, are left out of the loss. The model is left bit for bit as it was. Each group takes five passes over
+        the data; a terminal shows a bar meanwhile.
 
         Args:
             model: A compiled model that all members belong to.
-            x: Inputs, an array or a structure of arrays.
-            y: Targets, likewise.
+            x: Inputs that the model was not trained on, an array or a structure of arrays.
+            y: Their targets, likewise.
             names: Names of groups, or of ties of layers; all where none is given.
             batch_size: How many samples to look at in one go.
             print_fn: Called with the table as plain text of at most 80 columns; by default it is printed.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import keras
 
 from equalize import backend
+from equalize.arguments import counted
 from equalize.binding import rules_on
 from equalize.errors import GroupMismatchError, TieBrokenError
 from equalize.groups import Group
@@ -41,10 +42,11 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
             )
     _require_weights(name, members)
     count = member_rules[0].count
-    if count not in (None, len(members)):
+    if count is not None and count != len(members):
         raise GroupMismatchError(
-            f"Cannot tie group '{name}': expected {count} members, as {member_rules[0].describe()} has; received "
-            f"{len(members)}. Give `factor` a row and a column for each member, in this order.{listing(members)}"
+            f"Cannot tie group '{name}': expected {counted(count, 'member')}, as {member_rules[0].describe()} has; "
+            f"received {len(members)}. Give `factor` a row and a column for each member, in this order."
+            f"{listing(members)}"
         )
     dtype = backend.dtype(first.variable)
     if not keras.backend.is_float_dtype(dtype):

@@ -165,8 +165,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             indices = self._indices(arguments.variables("trainable_variables", trainable_variables))
         if len(indices) != len(grads):
             raise EqualizeError(
-                f"`apply` needs a gradient, or None, for each variable. Received: {len(grads)} for {len(indices)} "
-                "variables. Give None for a variable that has none."
+                f"`apply` needs a gradient, or None, for each variable. Received: {len(grads)} for "
+                f"{arguments.counted(len(indices), 'variable')}. Give None for a variable that has none."
             )
         leads = self._leads_as_built()
         reduced = self._reduced(leads, dict(zip(indices, grads, strict=True)))

@@ -1,11 +1,13 @@
 """The registry: the groups of a model by name, and everything one does with them."""
 
 import copy
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from equalize import arguments, binding, discovery, persistence, planning, retracing
 from equalize.arguments import received
@@ -105,6 +107,12 @@ class GroupRegistry(Inspection):
         What is on a variable already goes on: its constraint becomes the rule's `inner`, its regularizer is still
         added.
 
+        A tie made here is in no layer's config, so a copy of the model does not have it: one that is cloned, pickled,
+        or saved and loaded trains untied, and nothing can notice. Tie the copy before you train it:
+        `GroupRegistry.from_config(registry.get_config()).link(copy)`. Two kinds of ties do travel: those that layers
+        declare (`kernel_constraint=Equal("towers")`), whose copies raise `NotLinkedError` until they are linked, and
+        those of a `TiedOptimizer`, which is saved with the model and has its registry.
+
         Args:
             name: Name of the group; with layers, the groups are named `name/place of the weight in the layer`.
             members: Variables and constant arrays, each alone or as a pair with its view
@@ -179,7 +187,8 @@ class GroupRegistry(Inspection):
         Use it instead of `model.losses`, not beside it: those hold the same penalties, in shares.
 
         Returns:
-            A scalar tensor, differentiable in every trainable member.
+            A scalar tensor, differentiable in every trainable member, in the widest of the groups' dtypes and at least
+            float32. Without soft groups it is 0 in `keras.config.floatx()`.
         """
         groups = [group for group in self.select(names) if not group.projects or names]
         for group in groups:
@@ -188,7 +197,8 @@ class GroupRegistry(Inspection):
                     f"Group '{group.name}' has no penalty: its rule is {group.rule.describe()}, a projection. "
                     "Expected: names of groups tied by a regularizer."
                 )
-        return sum((group.penalty() for group in groups), start=keras.ops.zeros((), "float32"))
+        penalties = [group.penalty() for group in groups]
+        return functools.reduce(ops.add, penalties) if penalties else ops.zeros(())
 
     def project(self, *names: str) -> None:
         """Projects the named groups, or all, once and now: for a loop whose optimizer knows no constraints.

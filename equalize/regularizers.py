@@ -34,6 +34,10 @@ class MeanL2(SoftTie):
     rescales gradients, which would rescale this penalty with them; as weight decay was decoupled from Adam in AdamW
     (Loshchilov and Hutter 2019), so is the pull then. Take `MeanL2` for the minimizer of a loss with a penalty.
 
+    A constant counts in the mean like any other member. So one variable tied to one array w₀, or to one frozen
+    variable, has the mean (w + w₀) / 2 and the penalty ½ · factor · ‖w − w₀‖². With w₀ the pretrained weights that is
+    L2-SP, and `factor` is its α (Li, Grandvalet and Davoine 2018, equation 2).
+
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.

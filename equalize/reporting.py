@@ -9,7 +9,8 @@ import rich.console
 import rich.markup
 import rich.table
 
-from equalize.advice import Advice
+from equalize.advice import FRACTIONS, Advice
+from equalize.arguments import counted
 from equalize.groups import Group
 
 # Logs are read in editors and mail, and by programs that know ASCII only.
@@ -38,15 +39,33 @@ def print_summary(groups: Sequence[Group], findings: int = 0, print_fn: Callable
 
 
 def print_advice(advice: Sequence[Advice], print_fn: Callable[[str], object] | None = None) -> None:
-    """Prints one row a group: agreement of gradients, distance, and the loss now and tied."""
-    table = rich.table.Table(box=_box(plain=print_fn is not None))
+    """Prints one row a group: the loss by how far its members moved, the best of these, and the cosine of gradients."""
+    title = "Loss if the members moved this far to their mean"
+    table = rich.table.Table(title=title, box=_box(plain=print_fn is not None), show_edge=False, pad_edge=False)
     table.add_column("Group", overflow="fold")
-    for title in ("Gradients agree (cosine)", "Distance", "Loss now", "Loss if tied", "Rise"):
-        table.add_column(title, justify="right")
+    for heading in (*map(_percent, FRACTIONS), "Best", "Cosine"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for each in advice:
-        figures = (f"{each.cosine:+.2f}", f"{each.distance:.3g}", f"{each.loss:.4g}", f"{each.tied_loss:.4g}")
-        table.add_row(rich.markup.escape(each.group), *figures, f"{each.rise:+.3g}")
-    _print(lambda console: console.print(table), print_fn)
+        losses = [_short(each.losses[fraction]) for fraction in FRACTIONS]
+        cosine = "nan" if math.isnan(each.cosine) else f"{each.cosine:+.2f}"
+        table.add_row(rich.markup.escape(each.group), *losses, _percent(each.best), cosine)
+    _print(lambda console: console.print(table, _READING, sep="\n"), print_fn)
+
+
+_READING = (
+    "Best: 100% is for a hard tie, a part of the way for a soft one, 0% for none. Only data that the model was not "
+    "trained on can say so. Cosine: whether the gradients of two members agree. It does not say whether tying helps: "
+    "where tied members fit best, their gradients cancel."
+)
+
+
+def _percent(fraction: float) -> str:
+    return f"{fraction:.0%}"
+
+
+def _short(number: float) -> str:
+    """A number in at most nine characters, of which five columns fit a log."""
+    return next(text for digits in (4, 3, 2, 1) if len(text := f"{number:.{digits}g}") <= 9)
 
 
 def summary_parts(
@@ -137,5 +156,6 @@ def _cells(group: Group) -> tuple[str, ...]:
 def _closing(groups: Sequence[Group], findings: int) -> list[str]:
     stored, free = weights_stored(groups), weights_free(groups)
     share = f" ({free / stored:.1%})" if stored else ""
-    found = [f"Findings: {findings}; `registry.diagnose()` says what and how to mend it"] if findings else []
-    return [*found, f"Total: {len(groups)} groups, {stored:,} weights stored, {free:,} weights free{share}"]
+    total = counted(len(groups), "group")
+    found = [f"Findings: {findings}; `registry.diagnose()` says what and how to fix it"] if findings else []
+    return [*found, f"Total: {total}, {counted(stored, 'weight')} stored, {counted(free, 'weight')} free{share}"]

@@ -143,9 +143,12 @@ class Rule:
         return f"<{self.describe()} of group {self.group!r}>"
 
 
-def checked_group(group: Any) -> str | None:
+def checked_group(group: Any, rule: type[Rule]) -> str | None:
     """The argument `group` of a rule: a name, or None where `tie` will give it."""
-    return None if group is None else arguments.text("group", group, "the name of a group")
+    meaning = "the name of a group"
+    if group is not None and not isinstance(group, str):
+        meaning += f" (the {rule.setting} goes by name: `{rule.__name__}({rule.setting}=...)`)"
+    return None if group is None else arguments.text("group", group, meaning)
 
 
 def checked_view(view: Any) -> View | None:

@@ -35,7 +35,7 @@ class SoftTie(rules.Rule, keras.regularizers.Regularizer):
     """Whether `factor` may be a matrix, with an entry for each pair of members."""
 
     def __init__(self, group: str | None = None, factor: Any = 0.01, *, view: View | None = None, inner: Any = None):
-        self.group = rules.checked_group(group)
+        self.group = rules.checked_group(group, type(self))
         self.factor = strengths.checked_factor(factor) if self.pairwise else self.checked_strength(factor)
         self.view = rules.checked_view(view)
         self.inner = rules.checked_inner(keras.regularizers.get, inner, keras.regularizers.Regularizer)

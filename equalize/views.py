@@ -129,7 +129,7 @@ class Transpose(View):
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
         if self.axes is not None and len(self.axes) != len(shape):
-            raise self._misfit(shape, f"{len(self.axes)} axes")
+            raise self._misfit(shape, arguments.counted(len(self.axes), "axis", "axes"))
         return tuple(shape[axis] for axis in np.argsort(self.axes)) if self.axes else tuple(reversed(shape))
 
     def get_config(self) -> dict[str, Any]:

@@ -40,11 +40,14 @@ ROWS = {
     "a layer is replaced by a larger one, as for a vocabulary that has grown": [
         "test_behaviour.py::test_a_vocabulary_that_has_grown_keeps_its_old_rows_tied",
     ],
-    "the model is cloned, loaded or pickled": [
+    "the model is cloned, loaded or pickled; layers declare the rule": [
         "test_durability.py::test_a_loaded_model_does_not_train_before_it_is_linked",
         "test_durability.py::test_a_copy_of_a_tied_model_is_tied_apart_from_the_original",
         "test_durability.py::test_a_clone_is_tied_apart_from_the_original",
         "test_regularizers.py::test_ties_are_saved_and_loaded_with_the_model",
+    ],
+    "the model is cloned, loaded or pickled; the rule was given by `tie`": [
+        "test_durability.py::test_a_copy_of_a_model_tied_by_tie_is_untied_and_a_tied_optimizer_goes_with_it",
     ],
     "the model is deleted": ["test_registry.py::test_the_registry_keeps_no_model_alive"],
     "a tie is made, replaced or taken away after training": [

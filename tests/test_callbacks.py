@@ -217,9 +217,9 @@ def test_a_frozen_member_prevails_over_averages():
 def test_without_repair_a_warning_names_the_groups_and_the_fix_and_the_weights_stay():
     model, registry = tied()
     monitor = TieMonitor(registry, repair=False)
-    with pytest.warns(UserWarning, match=r"1 of 1 hard groups .* 'towers' \(spread .*repair=True") as caught:
+    with pytest.warns(UserWarning, match=r"Hard groups .*: 1 of 1; .* 'towers' \(spread .*repair=True") as caught:
         train(model, monitor, optimizer=averaging())
-    assert sum("hard groups" in str(warning.message) for warning in caught) == 1
+    assert sum("Hard groups" in str(warning.message) for warning in caught) == 1
     assert monitor.broken == registry.spread()
     assert not bitwise_equal(*kernels(model))
 

@@ -170,6 +170,25 @@ def test_a_copy_of_a_tied_model_is_tied_apart_from_the_original(duplicate):
     other_registry.check()
 
 
+def test_a_copy_of_a_model_tied_by_tie_is_untied_and_a_tied_optimizer_goes_with_it(tmp_path):
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", kernels(model), Equal())
+    for optimizer in (momentum(), equalize.optimizers.TiedOptimizer(momentum(), registry)):
+        model.compile(optimizer, "mse")
+        model.optimizer.build(model.trainable_variables)
+        model.save(tmp_path / "model.keras")
+        copies = [keras.models.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)]
+        copies[1].compile(momentum(), "mse")
+        if isinstance(optimizer, equalize.optimizers.TiedOptimizer):
+            (group,) = copies[0].optimizer.registry.link(copies.pop(0)).values()
+            assert (group.name, len(group.members)) == ("towers", 2)
+        for other in copies:  # which is why the docs of `tie` say it: nothing can see what is not there
+            other.fit(*data(), verbose=0)
+            assert not bitwise_equal(*kernels(other))
+            train(other, equalize.GroupRegistry.from_config(registry.get_config()).link(other))
+
+
 def test_a_clone_is_tied_apart_from_the_original():
     model, registry = compiled()
     before = weights(model)

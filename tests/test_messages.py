@@ -159,11 +159,22 @@ def empty_group():
 
 @message(
     """
-    `group` must be a string, the name of a group. Received: 3 of type <class 'int'>.
+    `group` must be a string, the name of a group (the rate goes by name: `Equal(rate=...)`). Received:
+    0.1 of type <class 'float'>.
     """
 )
-def group_of_another_type():
-    Equal(3)
+def rate_in_the_place_of_the_group():
+    Equal(0.1)
+
+
+@message(
+    """
+    `group` must be a string, the name of a group (the factor goes by name: `MeanL2(factor=...)`).
+    Received: 0.1 of type <class 'float'>.
+    """
+)
+def factor_in_the_place_of_the_group():
+    MeanL2(0.1)
 
 
 @message(
@@ -804,13 +815,34 @@ def one_layer():
 
 @message(
     """
-    Cannot tie 'pair': expected either layers or variables; received both. Name the variable of the
-    layer, for instance `left.kernel`.
+    Cannot tie 'pair': expected either layers or variables; received the layer 'left' and a variable.
+    Name the variables of the layer, for instance `left.kernel`.
     """
 )
 def layers_and_variables():
     left, right = dense("left", "right")
     equalize.GroupRegistry().tie("pair", [left, right.kernel], Equal())
+
+
+@message(
+    """
+    Cannot tie 'pair': expected either layers or variables; received the layer 'model' and a list. Name
+    the variables of the layer, for instance `model.weights[0]`.
+    """
+)
+def a_model_and_its_weights():
+    model = model_of(*dense("left"))
+    equalize.GroupRegistry().tie("pair", [model, model.get_weights()], MeanL2())
+
+
+@message(
+    """
+    Cannot tie 'pair': expected either layers or variables; received the layer 'left' and a ndarray.
+    Build the layer and name its variables.
+    """
+)
+def an_unbuilt_layer_and_an_array():
+    equalize.GroupRegistry().tie("pair", [keras.layers.Dense(3, name="left"), np.ones((4, 3))], MeanL2())
 
 
 @message(
@@ -1144,10 +1176,10 @@ def group_of_an_empty_registry():
 
 @message(
     """
-    1 of 1 hard groups are not equal; expected a spread of at most 0, received:
+    Hard groups that are not equal: 1 of 1; expected a spread of at most 0, received:
         'pair': spread 1, members 'left/kernel' (4, 3) float32, 'right/kernel' (4, 3) float32
-    Averaging of weights (`use_ema`) and loading weights do this. Call `registry.sync()` to make the
-    members equal again.
+    After averaging of weights (`use_ema`) call `registry.sync("mean")`, which is exact. After loading
+    weights that differ call `registry.sync()`, which gives every member the value of the first.
     """
 )
 def unequal_members():
@@ -1685,9 +1717,9 @@ def monitor_of_another_model():
 
 @message(
     """
-    1 of 1 hard groups are not equal at the end of training; expected a spread of at most 0, received:
-    'pair' (spread 1). Averaging of weights (`use_ema`) does this. Give TieMonitor `repair=True`, or
-    call `registry.sync("mean")`, which is exact.
+    Hard groups that are not equal at the end of training: 1 of 1; expected a spread of at most 0,
+    received: 'pair' (spread 1). Averaging of weights (`use_ema`) does this. Give TieMonitor
+    `repair=True`, or call `registry.sync("mean")`, which is exact.
     """
 )
 def averages_without_a_repair():

@@ -8,9 +8,13 @@ import pytest
 from keras import ops
 
 import equalize
+from equalize import backend
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.regularizers import MeanL2
+
+
+from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from tests.conftest import BACKEND, bits, bitwise_equal, fit, gradients, kernels, towers
 
 
@@ -358,6 +362,53 @@ def test_project_and_penalty_refuse_groups_of_the_other_kind():
         registry.penalty("hard")
     registry.project()
     assert float(ops.convert_to_numpy(registry.penalty())) > 0.0
+
+
+@pytest.fixture
+def doubles():
+    """JAX has float64 only where it is asked for."""
+    if BACKEND == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        yield
+        jax.config.update("jax_enable_x64", False)
+    else:
+        yield
+
+
+@pytest.mark.usefixtures("doubles")
+@pytest.mark.parametrize("rule", [MeanL2, PairwiseL2, PairwiseNorm, PairwiseL1, ChainL2, TraceNorm])
+def test_the_penalty_of_float64_members_is_float64(rule):
+    registry = equalize.GroupRegistry()
+    values = np.random.default_rng(0).normal(size=(3, 2))
+    registry.tie("wide", members := [keras.Variable(value, dtype="float64") for value in values], rule(factor=1.0))
+    penalty = registry.penalty()
+    assert backend.dtype(penalty) == "float64"
+    expected = sum(ops.convert_to_numpy(member.regularizer(member)) for member in members)
+    assert ops.convert_to_numpy(penalty) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.usefixtures("doubles")
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (("float32", "float64", "float16"), "float64"),
+        (("bfloat16", "float16"), "float32"),
+        ((), "float32"),
+    ],
+)
+def test_the_penalty_of_groups_of_several_dtypes_has_the_widest(dtypes, expected):
+    registry = equalize.GroupRegistry()
+    pairs = {dtype: [keras.Variable([value], dtype=dtype) for value in (1.0, 2.0)] for dtype in dtypes}
+    for dtype, pair in pairs.items():
+        registry.tie(dtype, pair, MeanL2(factor=1.0))
+    penalty = registry.penalty()
+    assert backend.dtype(penalty) == expected
+    assert float(ops.convert_to_numpy(penalty)) == 0.5 * len(dtypes)
+    if dtypes:
+        found = gradients(registry.penalty, [variable for pair in pairs.values() for variable in pair])
+        assert np.array(found, "float64").ravel().tolist() == [-1.0, 1.0] * len(dtypes)
 
 
 def test_mapping():

@@ -203,6 +203,8 @@ def test_a_soft_tie_to_a_constant_pulls_to_it_in_every_step_and_does_not_move_it
     pretrained = np.random.default_rng(1).normal(size=(5, 4)).astype("float32")
     registry = equalize.GroupRegistry()
     group = registry.tie("prior", [kernel, pretrained], MeanL2(factor=0.4))
+    penalty = float(ops.convert_to_numpy(registry.penalty()))
+    assert penalty == pytest.approx(0.5 * 0.4 * np.sum((before - pretrained) ** 2), rel=1e-5)
     watch = fit(model, optimizer=keras.optimizers.SGD(0.1), loss=no_loss)
     expected = pretrained + (before - pretrained) * (1 - 0.1 * 0.4) ** watch.steps
     np.testing.assert_allclose(ops.convert_to_numpy(kernel.value), expected, rtol=1e-5, atol=1e-6)

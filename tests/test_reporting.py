@@ -99,7 +99,7 @@ def test_a_notebook_shows_a_table_with_names_as_they_are():
     assert "<script>" not in html
     assert html.count("<tr>") == 2
     assert "tower_0/kernel (5, 4)<br>tower_1/kernel (5, 4)" in html
-    assert "Total: 1 groups, 40 weights stored, 20 weights free (50.0%)" in html
+    assert "Total: 1 group, 40 weights stored, 20 weights free (50.0%)" in html
 
 
 def test_rich_shows_the_table():
@@ -107,7 +107,7 @@ def test_rich_shows_the_table():
     console = rich.console.Console(width=100, force_terminal=False)
     with console.capture() as capture:
         console.print(registry)
-    assert "Total: 1 groups" in capture.get()
+    assert "Total: 1 group," in capture.get()
     assert "Members" in capture.get()
     del model
 

@@ -45,7 +45,7 @@ def look(registry: equalize.GroupRegistry, model: keras.Model, x: np.ndarray, y:
     for finding in registry.diagnose():
         lines.append(f"{finding.kind} {finding.subject} {finding.message} {finding.fix}")
     for name, advice in registry.advise(model, x, y, names=["towers"]).items():
-        lines.append(f"{name} {advice.cosine + advice.distance + advice.rise:.2f}")
+        lines.append(f"{name} {advice.cosine + advice.distance + advice.losses[advice.best]:.2f}")
     group: equalize.Group = registry["towers"]
     members: tuple[equalize.Member, ...] = group.members
     paths: list[str] = [member.path for member in members if member.view is None and member.weight == 1.0]
