@@ -10,7 +10,20 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
-from tests.conftest import BACKEND, MODES, QUICK, Blocked, Recorder, bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import (
+    BACKEND,
+    MODES,
+    QUICK,
+    Blocked,
+    Recorder,
+    bits,
+    bitwise_equal,
+    compile_quickly,
+    data,
+    fit,
+    kernels,
+    towers,
+)
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -90,7 +103,7 @@ def train_recorded(model, variables, optimizer, *, x=None, y=None, epochs=1, cal
     """What the variables held before training and after every step, an array of shape (steps + 1, variables, ...)."""
     if x is None:
         x, y = data()
-    model.compile(optimizer, "mse", **(compile_args or MODES[QUICK]))
+    compile_quickly(model, optimizer, "mse", **(compile_args or MODES[QUICK]))
     recorder = Recorder(variables)
     model.fit(x, y, epochs=epochs, batch_size=8, verbose=0, shuffle=False, callbacks=[*callbacks, recorder])
     return np.stack(recorder.values)
