@@ -11,8 +11,9 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # A worker runs on each core, and the tensors are small.
-for _variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
-    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 # What JAX has compiled once serves all workers and later runs; a changed program is another entry.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"equalize-jax-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -157,8 +158,9 @@ def compile_quickly(model, optimizer, *args, **kwargs):
         model.optimizer.build(model.trainable_variables)
 
 
-def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimizer="adam", **compile_args):
+def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimizer=None, **compile_args):
     """Compiles and trains a few steps, looking after every one."""
+    optimizer = optimizer or keras.optimizers.RMSprop(0.01)  # with slots, quick to trace, and of bounded steps
     if x is None:
         x, y = data()
     compile_args.setdefault("loss", "mse")
