@@ -10,6 +10,14 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# A worker runs on each core, and the tensors are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+# What JAX has compiled once serves all workers and later runs; a changed program is another entry.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"equalize-jax-{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import keras
@@ -33,6 +41,12 @@ QUICK = next(iter(MODES))
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=3000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Tests chosen by name, and tests whose output is shown, run in this process: nobody waits for workers."""
+    by_name = config.option.keyword or any("::" in argument for argument in config.args)
+    return 0 if by_name or config.option.capture == "no" else None
 
 
 @pytest.fixture(autouse=True)
@@ -137,12 +151,20 @@ class EveryStep(keras.callbacks.Callback):
                 assert shown_alike(group), f"{name} at step {self.steps}"
 
 
-def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimizer="adam", **compile_args):
+def compile_quickly(model, optimizer, *args, **kwargs):
+    """Compiles a model whose first step TensorFlow then traces once: twice is for steps that make variables."""
+    model.compile(optimizer, *args, **kwargs)
+    if BACKEND == "tensorflow":
+        model.optimizer.build(model.trainable_variables)
+
+
+def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimizer=None, **compile_args):
     """Compiles and trains a few steps, looking after every one."""
+    optimizer = optimizer or keras.optimizers.RMSprop(0.01)  # with slots, quick to trace, and of bounded steps
     if x is None:
         x, y = data()
     compile_args.setdefault("loss", "mse")
-    model.compile(optimizer, **compile_args)
+    compile_quickly(model, optimizer, **compile_args)
     watch = EveryStep(registry if registry is not None else equalize.GroupRegistry())
     model.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0, shuffle=False, callbacks=[watch])
     assert watch.steps > 0

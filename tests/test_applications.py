@@ -95,8 +95,15 @@ def convolutional_autoencoder(rule: Ruled):
     return model, [(down[0], outer_back), (down[1], inner_back)]
 
 
-@pytest.mark.parametrize("build", [dense_autoencoder, convolutional_autoencoder])
-@pytest.mark.parametrize("rule", [hard, soft])
+@pytest.mark.parametrize(
+    ("build", "rule"),
+    [
+        (dense_autoencoder, hard),
+        (dense_autoencoder, soft),
+        (convolutional_autoencoder, hard),
+        pytest.param(convolutional_autoencoder, soft, marks=pytest.mark.slow),
+    ],
+)
 def test_a_tied_autoencoder_learns_to_reproduce_digits(build, rule):
     model, mirrored = build(rule)
     registry = equalize.GroupRegistry().link(model)
@@ -143,7 +150,7 @@ def next_characters(length=8):
     return pieces[:, :-1], pieces[:, -1], size
 
 
-@pytest.mark.parametrize("rule", [hard, soft])
+@pytest.mark.parametrize("rule", [hard, pytest.param(soft, marks=pytest.mark.slow)])
 def test_the_embedding_of_what_is_read_is_the_embedding_of_what_is_written(rule):
     x, y, size = next_characters()
     width = 16

@@ -1,8 +1,6 @@
-"""What happens when, as the tables of the README say: which test checks which row, and the tests no other file has."""
+"""What happens when, as the tables of the README say, where no other file tests it."""
 
 import gc
-import pathlib
-import re
 
 import keras
 import numpy as np
@@ -16,99 +14,6 @@ from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from equalize.views import Slice
 from tests.conftest import BACKEND, bits, bitwise_equal, fit, kernels, no_loss, towers
-
-FOLDER = pathlib.Path(__file__).parent
-
-# The first cell of each row, and the tests of what the others say.
-ROWS = {
-    "a member gets no gradient": [
-        "test_training.py::test_members_without_a_gradient_follow_the_others",
-        "test_behaviour.py::test_a_member_of_a_soft_group_without_a_gradient_is_pulled",
-    ],
-    "a member is frozen (then `compile`)": [
-        "test_training.py::test_frozen_members_never_move_and_the_others_take_their_value",
-        "test_training.py::test_freezing_and_thawing_a_member_counts_from_the_next_compile",
-        "test_regularizers.py::test_a_step_of_fit_is_the_step_by_hand",
-    ],
-    "LoRA is enabled in a layer": [
-        "test_behaviour.py::test_lora_is_refused_or_freezes_what_is_tied",
-        "test_behaviour.py::test_lora_takes_the_declared_rule_of_a_soft_group",
-        "test_diagnosis.py::test_kernels_under_lora_are_equal_where_all_of_their_parts_are_tied",
-    ],
-    "a layer is quantized": ["test_behaviour.py::test_a_quantized_kernel_leaves_its_group"],
-    "a layer is built anew": ["test_behaviour.py::test_the_variables_of_a_layer_that_is_built_anew_are_other_ones"],
-    "a layer is replaced by a larger one, as for a vocabulary that has grown": [
-        "test_behaviour.py::test_a_vocabulary_that_has_grown_keeps_its_old_rows_tied",
-    ],
-    "the model is cloned, loaded or pickled; layers declare the rule": [
-        "test_durability.py::test_a_loaded_model_does_not_train_before_it_is_linked",
-        "test_durability.py::test_a_copy_of_a_tied_model_is_tied_apart_from_the_original",
-        "test_durability.py::test_a_clone_is_tied_apart_from_the_original",
-        "test_regularizers.py::test_ties_are_saved_and_loaded_with_the_model",
-    ],
-    "the model is cloned, loaded or pickled; the rule was given by `tie`": [
-        "test_durability.py::test_a_copy_of_a_model_tied_by_tie_is_untied_and_a_tied_optimizer_goes_with_it",
-    ],
-    "the model is deleted": ["test_registry.py::test_the_registry_keeps_no_model_alive"],
-    "a tie is made, replaced or taken away after training": [
-        "test_replacing.py::test_every_switch_takes_effect_in_the_next_fit",
-        "test_replacing.py::test_every_switch_takes_effect_in_the_next_step_inside_a_running_fit",
-    ],
-    "a constraint is on the variable already": [
-        "test_constraints.py::test_existing_constraint_is_kept_as_inner_and_left_after_untie",
-        "test_replacing.py::test_what_else_is_on_the_variables_stays",
-    ],
-    "a regularizer is on the variable already": [
-        "test_constraints.py::test_existing_regularizer_goes_on_being_added",
-        "test_regularizers.py::test_inner_regularizer_goes_on_being_added",
-    ],
-    "`clipnorm`": [
-        "test_behaviour.py::test_settings_of_the_optimizer_act_as_the_table_says",
-        "test_behaviour.py::test_the_gradient_of_a_penalty_is_clipped_with_that_of_the_loss",
-    ],
-    "`global_clipnorm`": [
-        "test_behaviour.py::test_settings_of_the_optimizer_act_as_the_table_says",
-        "test_diagnosis.py::test_optimizers_that_treat_members_otherwise_than_a_shared_variable",
-    ],
-    "`clipvalue`": ["test_behaviour.py::test_settings_of_the_optimizer_act_as_the_table_says"],
-    "`weight_decay`": [
-        "test_behaviour.py::test_settings_of_the_optimizer_act_as_the_table_says",
-        "test_diagnosis.py::test_weight_decay_of_some_members",
-        "test_behaviour.py::test_decay_of_some_members_is_a_decay_in_between",
-    ],
-    "`gradient_accumulation_steps`": [
-        "test_training.py::test_gradient_accumulation_moves_members_only_when_it_updates",
-        "test_diagnosis.py::test_partial_averaging_under_gradient_accumulation",
-        "test_exactness.py::test_decay_clipping_averages_and_accumulation_act_as_on_one_shared_variable",
-        "test_behaviour.py::test_settings_of_the_optimizer_act_as_the_table_says",
-    ],
-    "`use_ema`": [
-        "test_callbacks.py::test_averaging_breaks_a_hard_tie_without_the_monitor",
-        "test_callbacks.py::test_averaging_ends_in_the_mean_of_the_averages_with_the_monitor",
-        "test_optimizers.py::test_the_monitor_finds_nothing_to_repair_when_weights_are_averaged",
-        "test_exactness.py::test_decay_clipping_averages_and_accumulation_act_as_on_one_shared_variable",
-        "test_behaviour.py::test_averages_of_a_soft_group_are_those_of_its_members",
-    ],
-    "loss scaling, mixed precision": [
-        "test_training.py::test_a_step_that_loss_scaling_skips_changes_nothing",
-        "test_training.py::test_members_are_bitwise_equal_in_half_and_mixed_precision",
-        "test_exactness.py::test_a_step_that_loss_scaling_skips_changes_nothing",
-        "test_exactness.py::test_mixed_precision",
-        "test_regularizers.py::test_finite_in_every_dtype_where_a_sum_of_squares_overflows_half_precision",
-    ],
-}
-
-
-def test_every_row_of_the_readme_has_a_test():
-    readme = (FOLDER.parent / "README.md").read_text("utf-8")
-    section = readme.split("## What happens when")[1].split("\n## ")[0]
-    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")]
-    rows = [row for row in rows if row not in ("event", "setting") and not row.startswith("---")]
-    assert rows == list(ROWS)
-    for test in (test for tests in ROWS.values() for test in tests):
-        file, _, function = test.partition("::")
-        assert re.search(rf"^def {function}\(", (FOLDER / file).read_text("utf-8"), re.M), test
-
 
 # ---- the variables of a group
 

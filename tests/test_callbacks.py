@@ -15,7 +15,7 @@ from equalize.constraints import Equal
 from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
 from equalize.regularizers import MeanL2
 from equalize.rules import Rule
-from tests.conftest import BACKEND, EveryStep, bits, bitwise_equal, data, kernels, towers
+from tests.conftest import BACKEND, EveryStep, bits, bitwise_equal, compile_quickly, data, kernels, towers
 
 HARD = functools.partial(Equal, "towers")
 SOFT = functools.partial(MeanL2, "towers", 0.5)
@@ -34,7 +34,7 @@ def tied(n=2, *, rule: Callable[[], Rule] = HARD, **kwargs):
 
 def train(model, *callbacks, optimizer="sgd", epochs=3, **kwargs):
     x, y = data()
-    model.compile(optimizer, "mse")
+    compile_quickly(model, optimizer, "mse")
     return model.fit(x, y, epochs=epochs, batch_size=8, shuffle=False, verbose=0, callbacks=[*callbacks], **kwargs)
 
 

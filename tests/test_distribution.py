@@ -19,6 +19,8 @@ if BACKEND != "tensorflow":
 
 import tensorflow as tf
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mirrored")]  # one new process for all runs
+
 TIES = {
     "hard": {"constraint": lambda: Equal("towers")},
     "partial": {"constraint": lambda: Equal("towers", rate=0.25)},

@@ -15,6 +15,8 @@ from equalize.optimizers import TiedOptimizer
 from tests.conftest import in_new_process
 from tests.test_durability import compiled, momentum, state, train
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS, WHOLE = 4, 4, 2  # a run is killed when two epochs are done
 SAFE = inspect.signature(keras.callbacks.BackupAndRestore).parameters.keys() & {"double_checkpoint"}  # not Keras 3.5
 DOUBLE = dict.fromkeys(SAFE, True)

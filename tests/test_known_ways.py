@@ -3,6 +3,8 @@
 The same data and the same start for all four; numbers are compared bit for bit after every step.
 """
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from keras import ops
 import equalize
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
-from tests.conftest import MODES, QUICK, Recorder
+from tests.conftest import MODES, QUICK, Recorder, compile_quickly
 
 
 class Injected(keras.layers.Layer):
@@ -95,16 +97,21 @@ def run(build, way, optimizer, *, frozen=False):
     for layer in (head, *layers) if frozen else ():
         for variable in layer.trainable_variables:
             variable.trainable = any(variable is weight for weight in weights_of(layers))
-    model.compile(optimizer, "mse", **MODES[QUICK])
+    compile_quickly(model, optimizer, "mse", **MODES[QUICK])
     kernels = Recorder(weights_of(layers))
     others = Recorder([head.kernel])
     x = [random.normal(size=(32, *entrance.shape[1:])).astype("float32") for entrance in entrances]
     y = random.normal(size=(32, 1))
     data = (x if len(x) > 1 else x[0]), y
-    model.fit(*data, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[kernels, others])
+    model.fit(*data, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[kernels, others])
     assert equalize.relation(*weights_of(layers)) == ("same" if way in ("plain", "share") else "equal")
     assert not np.array_equal(kernels.values[0], kernels.values[-1])
     return np.stack(kernels.values), np.stack(others.values)
+
+
+@functools.cache
+def plain_run(build):
+    return run(build, "plain", keras.optimizers.Adam(0.02))
 
 
 BUILDS = [layer_used_twice, convolutions_over_one_kernel, dense_with_an_injected_weight]
@@ -112,7 +119,7 @@ BUILDS = [layer_used_twice, convolutions_over_one_kernel, dense_with_an_injected
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_sharing_and_exact_ties_give_the_numbers_of_plain_sharing(build):
-    plain, head = run(build, "plain", keras.optimizers.Adam(0.02))
+    plain, head = plain_run(build)
     for way in ("share", "tied"):
         kernels, other = run(build, way, keras.optimizers.Adam(0.02))
         assert kernels.tobytes() == plain.tobytes(), way
@@ -124,7 +131,7 @@ def test_averaging_is_plain_sharing_with_sgd_at_half_the_rate_and_something_else
     plain, _ = run(build, "plain", keras.optimizers.SGD(0.02), frozen=True)
     averaged, _ = run(build, "equal", keras.optimizers.SGD(0.04), frozen=True)
     np.testing.assert_allclose(averaged, plain, rtol=1e-5, atol=1e-6)
-    plain, _ = run(build, "plain", keras.optimizers.Adam(0.02))
+    plain, _ = plain_run(build)
     averaged, _ = run(build, "equal", keras.optimizers.Adam(0.02))
     assert all(step[0].tobytes() == step[1].tobytes() for step in averaged)
     assert np.abs(averaged - plain).max() > 1e-3

@@ -234,7 +234,7 @@ def assert_steady(figures, steps, growth):
 
 @pytest.mark.parametrize("way", ["hard", "exact"])
 def test_many_steps(way):
-    assert_steady(train_many_steps(way, 400, 4), 400, growth=16)
+    assert_steady(train_many_steps(way, 120, 4), 120, growth=16)
 
 
 @pytest.mark.load
@@ -292,6 +292,7 @@ def count_of_objects():
     return [sum(issubclass(kind, each) for kind in found) for each in kinds]
 
 
+@pytest.mark.slow
 def test_few_lives():
     figures = live(4, looks=2)
     assert figures["objects"][0] == figures["objects"][1]

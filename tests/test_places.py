@@ -11,6 +11,11 @@ from tests.conftest import BACKEND, KERAS_3_5
 from tests.places import APART, DTYPES, PLACES, STEPS, WAYS
 
 ONE, *OTHERS = PLACES[BACKEND]
+# The one place with several devices that every run looks at, in these ways; the rest is slow.
+DEVICES = {"tensorflow": "MirroredStrategy", "jax": "ModelParallel, members sharded differently"}.get(BACKEND)
+DEVICE_WAYS = ("exact", "hard", "partial")
+
+pytestmark = pytest.mark.xdist_group("places")  # whose runs are kept
 
 
 def tried(name):
@@ -21,19 +26,34 @@ def tried(name):
     return place.pairs(WAYS, ["float32"]) + place.pairs(["exact", "hard"], ["bfloat16"])
 
 
+def quick(name, way, dtype):
+    if name == DEVICES:
+        return dtype == "float32" and way in DEVICE_WAYS
+    return not PLACES[BACKEND][name].several
+
+
+def case(*values, way, dtype):
+    return pytest.param(*values, marks=[] if quick(values[0], way, dtype) else pytest.mark.slow)
+
+
 @functools.cache
-def elsewhere(name):
+def elsewhere(name, only_quick):
     if KERAS_3_5 and BACKEND == "jax" and PLACES[BACKEND][name].processes > 1:
         pytest.skip("`fit` of Keras 3.5 takes no data from several processes")
-    return places.runs(BACKEND, name, tried(name))
+    return places.runs(BACKEND, name, [pair for pair in tried(name) if quick(name, *pair) or not only_quick])
 
 
 @functools.cache
 def run(name, way, dtype):
-    return elsewhere(name)[way, dtype] if PLACES[BACKEND][name].several else places.run_here(name, way, dtype)
+    if not PLACES[BACKEND][name].several:
+        return places.run_here(name, way, dtype)
+    return elsewhere(name, quick(name, way, dtype))[way, dtype]
 
 
-@pytest.mark.parametrize(("name", "way", "dtype"), [(name, *pair) for name in PLACES[BACKEND] for pair in tried(name)])
+@pytest.mark.parametrize(
+    ("name", "way", "dtype"),
+    [case(name, way, dtype, way=way, dtype=dtype) for name in PLACES[BACKEND] for way, dtype in tried(name)],
+)
 def test_copies_and_members_are_equal_after_every_step(name, way, dtype):
     found = run(name, way, dtype)
     assert len(found.copies) == STEPS + 1  # and once more at the end
@@ -52,7 +72,8 @@ def expected_copies(name, member):
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [(name, way) for name in OTHERS for way, dtype in tried(name) if dtype == "float32"]
+    ("name", "way"),
+    [case(name, way, way=way, dtype=dtype) for name in OTHERS for way, dtype in tried(name) if dtype == "float32"],
 )
 def test_the_numbers_are_those_of_one_device(name, way):
     if KERAS_3_5 and (BACKEND == "tensorflow" or "ModelParallel" in name):

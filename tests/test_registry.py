@@ -11,9 +11,6 @@ import equalize
 from equalize import backend
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
-from equalize.regularizers import MeanL2
-
-
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from tests.conftest import BACKEND, bits, bitwise_equal, fit, gradients, kernels, towers
 

@@ -228,6 +228,7 @@ def test_ties_made_and_taken_away_after_training_are_followed_without_compiling_
     assert distances(model) == pytest.approx(0.75 * before, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
 def test_what_torch_has_compiled_follows_ties_made_later(monkeypatch):
     import torch

@@ -33,6 +33,10 @@ names = st.sampled_from(["one", "two", "three"])
 places = st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4)
 
 
+def place_of(variable, variables):
+    return [other is variable for other in variables].index(True)
+
+
 class Registry(stateful.RuleBasedStateMachine):
     """Variables of layers, some of them tied; `self.groups` is what must be in the registry."""
 
@@ -134,14 +138,27 @@ class Registry(stateful.RuleBasedStateMachine):
 
     @stateful.rule()
     def copy(self):
-        """A registry from plain data ties a clone, and the original keeps every bit."""
+        """A registry from plain data ties a clone as the original is, and the original keeps every bit."""
+        if not self.groups:
+            return
         config = json.loads(json.dumps(self.registry.get_config()))
         clone = keras.models.clone_model(self.model)
         clone.set_weights(self.model.get_weights())
-        before = self.picture()
-        if self.groups and self.attempt(lambda: equalize.GroupRegistry.from_config(config).link(clone)):
-            pass
+        before, copied = self.picture(), []
+        done = self.attempt(lambda: copied.append(equalize.GroupRegistry.from_config(config).link(clone)))
         assert self.picture() == before
+        if not done:  # by members that do not move and differ
+            frozen = {i for i, layer in enumerate(self.layers) if not layer.trainable}
+            held = [name for name, members in self.groups.items() if len(frozen & set(members)) > 1]
+            assert any(self.registry[name].projects for name in held)
+            return
+        kernels = [layer.kernel for layer in clone.layers if layer.weights]
+        for name, members in self.groups.items():
+            group = copied[0][name]
+            assert group.rule.describe() == self.registry[name].rule.describe()
+            assert [place_of(member.variable, kernels) for member in group.members] == members
+            assert group.spread() == 0.0 or not group.hard
+        assert copied[0].keys() == self.registry.keys()
 
     def wrote(self, places):
         """Hard groups that share a variable with what was written may have come apart."""
