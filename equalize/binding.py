@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from equalize import references, retracing
+from equalize.averaged import Averaged
 from equalize.errors import GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -17,7 +18,7 @@ def rules_on(variable: keras.Variable) -> Iterator[Rule]:
     """The rules on a variable: its constraint, its regularizer, and what those carry inside."""
     for rule in (variable.constraint, variable.regularizer):
         while isinstance(rule, Rule):
-            if not isinstance(rule, Sighting):
+            if rule.ties:
                 yield rule
             rule = rule.inner
 
@@ -28,12 +29,27 @@ def attach(rule: Rule, group: Group, member: Member, inner: Any) -> None:
     bound = rule.bind(group, member, inner)
     if rule.slot == "constraint":
         variable.constraint = bound
+        variable.regularizer = _averaged(variable.regularizer, group, member)
         if keras.backend.backend() == "jax":
             variable.regularizer = Sighting().bind(group, member, variable.regularizer)
     elif isinstance(variable.regularizer, Sighting):
         variable.regularizer.inner = bound
     else:
         variable.regularizer = bound
+
+
+def _averaged(regularizer: Any, group: Group, member: Member) -> Any:
+    """A variable's regularizer, of which the part that is the variable's own counts as one of the group's."""
+    if regularizer is None:
+        return None
+    if isinstance(regularizer, Rule) and regularizer.ties:
+        return regularizer.around(_averaged(regularizer.inner, group, member))
+    return Averaged().bind(group, member, own(regularizer))
+
+
+def own(regularizer: Any) -> Any:
+    """A regularizer as its user gave it."""
+    return regularizer.inner if isinstance(regularizer, Averaged) else regularizer
 
 
 def detach(group: Group) -> None:
@@ -82,7 +98,7 @@ def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: Group |
     """
     found = [_existing(member.variable, rule.slot, besides) for member in members]
     for member, existing in zip(members, found, strict=True):
-        if rule.inner is not None and existing is not None and config_of(rule.inner) != config_of(existing):
+        if rule.inner is not None and existing is not None and config_of(rule.inner) != config_of(own(existing)):
             raise GroupMismatchError(
                 f"Cannot tie '{member.path}' into group '{name}': it has the {rule.slot} {name_of(existing)} already, "
                 f"and the rule brings {name_of(rule.inner)} as `inner`. Expected: one of the two. Leave `inner` out to "

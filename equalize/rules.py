@@ -23,6 +23,9 @@ class Rule:
     A copy, a pickle or a config of a bound rule is unbound: what is cloned never shares a group with its original.
     """
 
+    ties: ClassVar[bool] = True
+    """Whether it is a rule that a user gives, and not one that serves another."""
+
     slot: ClassVar[str]
     """The attribute of a `keras.Variable` that holds the rule."""
 

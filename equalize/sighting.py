@@ -19,6 +19,7 @@ from equalize.rules import Rule
 class Sighting(Rule, keras.regularizers.Regularizer):
     """Lets a group see its anchors from the loss of a step."""
 
+    ties = False
     slot = "regularizer"
     own_keys = frozenset()
 
