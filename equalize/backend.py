@@ -32,6 +32,17 @@ def in_symbolic_scope() -> bool:
     return in_symbolic_scope()
 
 
+def computes_later() -> bool:
+    """Whether what is computed here only has a shape, or becomes part of a step that is run later."""
+    if in_symbolic_scope() or tracing():
+        return True
+    if _BACKEND != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.inside_function()
+
+
 def visible(variable: keras.Variable) -> bool:
     """Whether the variable can be read here, and written without loss.
 

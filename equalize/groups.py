@@ -280,9 +280,14 @@ class Group:
         return Evaluation(self.rule, members, self.present_rule.shares)
 
     def sync(self, method: str) -> None:
-        """Makes the members equal: to the anchors, else to the first of them or to their mean."""
+        """Makes the members equal: to the anchors, else to the first of them or to their mean.
+
+        What is equal stays as it is: an inner constraint such as `MaxNorm` changes its own result in the last bit.
+        """
         members = self.members
         self._require_values(members)
+        if all(backend.concrete(member.variable) is not None for member in members) and self.spread() == 0.0:
+            return
         if method == "first" and not any(member.anchor for member in members):
             self.follow(members[0])
             return

@@ -106,7 +106,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             TieBrokenError: The members of a hard group are not equal.
         """
         variables = arguments.variables("variables", variables)
-        if self.built or not variables:  # Keras reads HDF5 files before it knows the variables
+        if self.built or not variables:  # all is frozen, or Keras reads an HDF5 file before it knows the variables
             return
         if self._loaded:
             self._link(variables)
@@ -194,6 +194,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         grads: Sequence[Tensor | None],
         trainable_variables: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
+        if not self.built and not trainable_variables:
+            return [], list(optimizer_variables)
         if not self.built:
             raise EqualizeError(
                 "`stateless_apply` needs an optimizer that is built. Received: one that is not. Call "

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from equalize import arguments, binding, discovery, persistence, planning, retracing
+from equalize import arguments, backend, binding, discovery, persistence, planning, retracing
 from equalize.arguments import received
 from equalize.errors import EqualizeError
 from equalize.groups import Group
@@ -75,6 +75,7 @@ class GroupRegistry(Inspection):
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
         """
         arguments.option("initial", initial, _INITIAL)
+        _require_values("link")
         restored = planning.restore(self, self._pending, models, initial)
         found = discovery.find_groups(models, ruleless=bool(restored))
         known = dict(self)
@@ -131,6 +132,7 @@ class GroupRegistry(Inspection):
             TypeError: A member is neither a variable, a layer nor an array, or the rule is no rule.
         """
         arguments.option("initial", initial, _INITIAL)
+        _require_values("tie")
         discovery.require_rule(name, rule)
         by_group, layers = discovery.members_of(name, members)
         planned = []
@@ -290,6 +292,15 @@ def checked_registry(registry: Any) -> GroupRegistry:
 
 def _variables(groups: Iterable[Group]) -> list[keras.Variable]:
     return [member.variable for group in groups for member in group.members]
+
+
+def _require_values(call: str) -> None:
+    """Raises where variables have no values, as in the `build` of a subclassed model that Keras calls in `fit`."""
+    if backend.computes_later():
+        raise EqualizeError(
+            f"`{call}` was called while Keras infers shapes or traces a step, where variables have no values. "
+            f"Expected: a model that is built. Call `{call}` after `model.build(...)`, or after the first call on data."
+        )
 
 
 def _within(name: str, tie: str) -> bool:

@@ -262,6 +262,23 @@ def test_a_loaded_model_links_itself_and_trains_on_as_if_there_had_been_no_break
     assert state(again) == state(model)
 
 
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+def test_a_model_in_which_nothing_is_trainable_trains_nothing_until_it_is_thawed():
+    model, registry, optimizer = tied_towers()
+    for layer in model.layers:
+        layer.trainable = False
+    before = [bits(weight) for weight in model.weights]
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    model.fit(*data(), verbose=0)
+    assert [bits(weight) for weight in model.weights] == before
+    for layer in model.layers:
+        layer.trainable = True
+    model.compile(optimizer, "mse", **MODES[QUICK])
+    train(model)
+    assert all(bits(weight) != old for weight, old in zip(model.weights, before, strict=True))
+    registry.check()
+
+
 def test_a_loaded_optimizer_whose_ties_do_not_fit_says_why_when_training_starts():
     model, _, optimizer = tied_towers(by_hand=True)
     optimizer.build(model.trainable_variables)

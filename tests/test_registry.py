@@ -544,3 +544,59 @@ def test_an_anchor_that_is_thawed_or_untied_is_held_no_longer():
         del anchor
         gc.collect()
         assert remembered() is None
+
+
+# ---- where variables have no values
+
+
+class TiedInBuild(keras.Model):
+    """Ties its layers in `build`, which Keras calls in the first `fit` to infer shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(4), keras.layers.Dense(4)
+        self.groups = equalize.GroupRegistry()
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+        self.groups.tie("pair", [self.first, self.second], Equal())
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_tie_in_build_works_with_values_and_is_else_an_error_that_changes_nothing():
+    x = np.ones((8, 4), "float32")
+    model = TiedInBuild()
+    model(x)
+    assert len(model.groups) == 2
+    fit(model, model.groups, x=x, y=x)
+    other = TiedInBuild()
+    other.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="where variables have no values|already built"):  # the latter is Keras's own
+        other.fit(x, x, verbose=0)
+    assert len(other.groups) == 0
+
+
+# ---- what is equal already
+
+
+@pytest.mark.parametrize("inner", [keras.constraints.MaxNorm(0.5), keras.constraints.UnitNorm()])
+@pytest.mark.parametrize("initial", ["first", "mean", "strict"])
+def test_linking_and_syncing_what_is_equal_changes_no_bit_though_an_inner_constraint_would(inner, initial):
+    def two(value):
+        members = [keras.Variable(value, dtype="float32") for _ in range(2)]
+        registry = equalize.GroupRegistry()
+        registry.tie("g", members, Equal(inner=inner), initial=initial)
+        return members, registry
+
+    members, registry = two(np.random.default_rng(0).normal(size=(5, 7)))
+    registry.project()
+    projected = ops.convert_to_numpy(members[0].value)
+    assert np.any(ops.convert_to_numpy(inner(members[0].value)) != projected)
+    (first, _), again = two(projected)
+    assert bits(first) == projected.tobytes()
+    again.sync("mean")
+    again.sync("first")
+    assert bits(first) == projected.tobytes()
