@@ -27,8 +27,6 @@ from equalize.regularizers import MeanL2, PairwiseL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
 from tests.conftest import BACKEND
 
-pytestmark = pytest.mark.xdist_group("messages")  # what was raised is kept
-
 FOLDER = pathlib.Path(equalize.__file__).parent
 CASES = {}
 
