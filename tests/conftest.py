@@ -44,9 +44,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Tests chosen by name, and tests whose output is shown, run in this process: nobody waits for workers."""
-    by_name = config.option.keyword or any("::" in argument for argument in config.args)
-    return 0 if by_name or config.option.capture == "no" else None
+    """Tests of one file or chosen by name, and tests whose output is shown, run in this process."""
+    chosen = config.option.keyword or (len(config.args) == 1 and ".py" in config.args[0])
+    return 0 if chosen or config.option.capture == "no" else None
 
 
 @pytest.fixture(autouse=True)

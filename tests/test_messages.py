@@ -27,8 +27,6 @@ from equalize.regularizers import MeanL2, PairwiseL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
 from tests.conftest import BACKEND
 
-pytestmark = pytest.mark.xdist_group("messages")  # what was raised is kept
-
 FOLDER = pathlib.Path(equalize.__file__).parent
 CASES = {}
 
@@ -65,6 +63,11 @@ def said(error):
     return error.args[0] if isinstance(error, KeyError) else str(error)
 
 
+def named(file):
+    """A file of equalize by its path below the package."""
+    return pathlib.Path(file).relative_to(FOLDER).as_posix()
+
+
 def places_that_raise():
     """File, first and last line, and function of every `raise` and warning with a message."""
     places = []
@@ -76,7 +79,7 @@ def places_that_raise():
             raises = isinstance(node, ast.Raise) and ast.unparse(node) not in ("raise NotImplementedError", "raise")
             if warns or raises:
                 inside = [f.name for f in functions if f.lineno <= node.lineno <= (f.end_lineno or 0)]
-                places.append((file.name, node.lineno, node.end_lineno, inside[-1]))
+                places.append((named(file), node.lineno, node.end_lineno, inside[-1]))
     return places
 
 
@@ -87,10 +90,10 @@ def places_of(error):
         frames = [
             frame
             for frame in traceback.extract_tb(error.__traceback__)
-            if pathlib.Path(frame.filename).parent == FOLDER
+            if FOLDER in pathlib.Path(frame.filename).parents
         ]
         if frames and str(said(error)).rstrip(".") in text:
-            places.append((pathlib.Path(frames[-1].filename).name, frames[-1].lineno))
+            places.append((named(frames[-1].filename), frames[-1].lineno))
         error = error.__cause__
     return places
 

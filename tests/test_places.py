@@ -15,8 +15,6 @@ ONE, *OTHERS = PLACES[BACKEND]
 DEVICES = {"tensorflow": "MirroredStrategy", "jax": "ModelParallel, members sharded differently"}.get(BACKEND)
 DEVICE_WAYS = ("exact", "hard", "partial")
 
-pytestmark = pytest.mark.xdist_group("places")  # whose runs are kept
-
 
 def tried(name):
     """What is tried of a place here; `python -m tests.matrix` tries all dtypes."""
