@@ -574,7 +574,7 @@ def test_a_tie_in_build_works_with_values_and_is_else_an_error_that_changes_noth
     fit(model, model.groups, x=x, y=x)
     other = TiedInBuild()
     other.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="where variables have no values|already built"):  # the latter is Keras's own
+    with pytest.raises(ValueError, match=r"where variables have no values|already built"):  # the latter is Keras's own
         other.fit(x, x, verbose=0)
     assert len(other.groups) == 0
 
