@@ -1,6 +1,6 @@
 """Optimizers that tie: `TiedOptimizer` makes one update for a whole group, from the sum of its members' gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -8,7 +8,7 @@ import keras
 from equalize import arguments, backend, binding, configs, leading, matching, retracing
 from equalize.arguments import received
 from equalize.diagnosis import from_outside_in
-from equalize.errors import EqualizeError, NotLinkedError
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.groups import Group
 from equalize.leading import Lead
 from equalize.projections import Tensor
@@ -35,10 +35,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not
     tied, are trained as ever. Entries of a member that a `Slice` leaves free have slots of their own.
 
-    The learning rate, `iterations`, `variables` and what callbacks do with them are the inner optimizer's. Settings
-    of a member for itself, for instance `exclude_from_weight_decay`, count if they are those of the member that comes
-    first in the model. What writes variables by the inner optimizer's list, as `keras.callbacks.SwapEMAWeights` does,
-    writes that member only: train with `equalize.callbacks.TieMonitor` after it, or call `follow`.
+    The learning rate, `iterations`, `variables` and what callbacks do with them are the inner optimizer's. What it
+    decides variable by variable, for instance by `exclude_from_weight_decay` or a `MultiOptimizer`, must be the same
+    for all members of a group. What writes variables by the inner optimizer's list, as
+    `keras.callbacks.SwapEMAWeights` does, writes one member only: train with `equalize.callbacks.TieMonitor` after
+    it, or call `follow`.
 
     An optimizer that is loaded with a model links itself, and its registry is `model.optimizer.registry` (in mixed
     float16, where Keras wraps the optimizer, `model.optimizer.inner_optimizer.registry`). Where the loaded ties do not
@@ -58,6 +59,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         EqualizeError: `reduction` or `name` is none that can be, or `inner_optimizer` is a `TiedOptimizer` or none.
         NotLinkedError: Training starts, and no hard group of the registry has a variable that is trained.
         TieBrokenError: Slots are made, and the members of a hard group are not equal.
+        GroupMismatchError: Slots are made, and a part of a group is given, or members are treated differently.
 
     Example:
     >>> import keras, numpy as np, equalize
@@ -104,6 +106,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         Raises:
             NotLinkedError: No hard group of the registry has a member among the variables.
             TieBrokenError: The members of a hard group are not equal.
+            GroupMismatchError: A part of a group is given, or the inner optimizer treats members differently.
         """
         variables = arguments.variables("variables", variables)
         if self.built or not variables:  # all is frozen, or Keras reads an HDF5 file before it knows the variables
@@ -112,6 +115,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             self._link(variables)
         leads = self._leads(variables)
         for lead in leads:
+            _require_all_members(lead)
+            _require_one_treatment(lead, self.inner_optimizer)
             matching.require_equal_if_known(lead.group)
         if leads or self._handed is None or max(self._handed, default=0) >= len(variables):
             self._require_leads(leads)
@@ -357,6 +362,51 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             # A LossScaleOptimizer around this one has unscaled what the one inside expects to be scaled.
             reduced = {i: None if g is None else self.inner_optimizer.scale_loss(g) for i, g in reduced.items()}
         return dict(sorted(reduced.items()))
+
+
+def _require_all_members(lead: Lead) -> None:
+    """Raises unless the optimizer is given every member that may move: the gradients of others would be lost."""
+    moving = [member for member in lead.group.members if not member.anchor]
+    missing = [member for member in moving if member not in lead.moving.values()]
+    if missing:
+        raise GroupMismatchError(
+            f"TiedOptimizer is given a part of group '{lead.group.name}': expected all {len(moving)} members that may "
+            f"move, received {len(lead.moving)}, without {missing[0]}. Give it the variables of all members; where "
+            "optimizers differ by variable, wrap them: `TiedOptimizer(MultiOptimizer(...), registry)`."
+            f"{matching.listing(moving)}"
+        )
+
+
+def _require_one_treatment(lead: Lead, optimizer: Any) -> None:
+    """Raises unless the inner optimizer would train all members in the same way: one of them stands for all."""
+    members = list(lead.moving.values())
+    treatments = [dict(_treatment(optimizer, member.variable)) for member in members]
+    for member, treatment in zip(members[1:], treatments[1:], strict=True):
+        for setting, (value, fix) in treatment.items():
+            expected = treatments[0].get(setting, (None, fix))[0]
+            if value != expected:
+                raise GroupMismatchError(
+                    f"TiedOptimizer cannot train group '{lead.group.name}' as one variable: the optimizer treats "
+                    f"'{members[0].path}' and '{member.path}' differently. Expected: one {setting}; received "
+                    f"{getattr(expected, 'name', expected)} and {getattr(value, 'name', value)}. {fix}"
+                    f"{matching.listing(members)}"
+                )
+
+
+def _treatment(optimizer: Any, variable: keras.Variable) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """What an optimizer decides variable by variable: for each setting its value, and how to make it agree."""
+    for nested in from_outside_in(optimizer):
+        choose = getattr(nested, "_optimizer_map", None)  # of a MultiOptimizer (Keras 3.15)
+        if choose is not None:
+            chosen = choose(variable)
+            yield "optimizer", (chosen, "Map the paths of all members to one optimizer.")
+            yield from _treatment(chosen, variable)
+        elif nested.weight_decay:
+            fix = "Call `exclude_from_weight_decay(var_list=[...])` with all members, or with none."
+            yield "weight decay", (bool(nested._use_weight_decay(variable)), fix)
+        if hasattr(nested, "_should_use_adamw"):  # of Muon (Keras 3.15)
+            fix = "Let `exclude_layers` match the paths of all members, or of none."
+            yield "use of AdamW in Muon", (bool(nested._should_use_adamw(variable)), fix)
 
 
 def _checked_optimizer(optimizer: Any) -> Any:

@@ -1592,6 +1592,53 @@ def optimizer_without_ties():
 
 @message(
     """
+    TiedOptimizer is given a part of group 'pair': expected all 2 members that may move, received 1,
+    without 'right/kernel' (4, 3) float32. Give it the variables of all members; where optimizers differ
+    by variable, wrap them: `TiedOptimizer(MultiOptimizer(...), registry)`.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def optimizer_of_a_part_of_a_group():
+    registry, (left, _right) = tied()
+    TiedOptimizer("sgd", registry).build([left.kernel])
+
+
+@message(
+    """
+    TiedOptimizer cannot train group 'pair' as one variable: the optimizer treats 'left/kernel' and
+    'right/kernel' differently. Expected: one weight decay; received False and True. Call
+    `exclude_from_weight_decay(var_list=[...])` with all members, or with none.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def optimizer_with_settings_that_differ():
+    registry, (left, right) = tied()
+    inner = keras.optimizers.AdamW(weight_decay=0.1)
+    inner.exclude_from_weight_decay(var_list=[left.kernel])
+    TiedOptimizer(inner, registry).build([left.kernel, right.kernel])
+
+
+@message(
+    """
+    `tie` was called while Keras infers shapes or traces a step, where variables have no values.
+    Expected: a model that is built. Call `tie` after `model.build(...)`, or after the first call on
+    data.
+    """,
+    on="jax",
+)
+def tie_in_a_traced_step():
+    import jax
+
+    registry, (left, right) = tied()
+    jax.jit(lambda: registry.tie("other", [left.bias, right.bias], Equal()) and 0)()
+
+
+@message(
+    """
     `apply` was given gradients without variables, and the optimizer is not built. Expected:
     `apply(gradients, variables)`, or `build(variables)` before.
     """
@@ -1608,8 +1655,8 @@ def gradients_without_variables():
     """
 )
 def stateless_step_before_build():
-    registry, _layers = tied()
-    TiedOptimizer("sgd", registry).stateless_apply([], [], [])
+    registry, (left, _right) = tied()
+    TiedOptimizer("sgd", registry).stateless_apply([], [ops.ones((4, 3))], [left.kernel.value])
 
 
 @message(

@@ -11,7 +11,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
-from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from tests.conftest import BACKEND, KERAS_3_5, MODES, QUICK, Recorder, bits, bitwise_equal, data, fit, kernels, towers
@@ -98,13 +98,50 @@ def test_one_member_in_the_call_is_enough():
     assert [ops.convert_to_numpy(v.value).tolist() for v in variables] == [[-4.0, -4.0]] * 3
 
 
-def test_two_that_each_train_a_part_of_a_group_keep_it_equal():
-    variables = [keras.Variable(np.zeros(2, "float32"), name=f"w{i}") for i in range(3)]
+def tied_variables(n=3, name="w", **arguments):
+    variables = [keras.Variable(np.zeros((2, 2), "float32"), name=f"{name}{i}") for i in range(n)]
     registry = equalize.GroupRegistry()
-    registry.tie("w", variables, Equal())
-    for part, value in ((variables[:1], -1.0), (variables[1:], -3.0)):
-        TiedOptimizer(keras.optimizers.SGD(1.0), registry).apply(ones(part), part)
-        assert [ops.convert_to_numpy(v.value).tolist() for v in variables] == [[value, value]] * 3
+    registry.tie("g", variables, Equal(), **arguments)
+    return variables, registry
+
+
+def test_a_part_of_a_group_is_refused_when_slots_are_made():
+    variables, registry = tied_variables()
+    for part in (variables[:1], variables[1:]):
+        with pytest.raises(GroupMismatchError, match=rf"expected all 3 members .* received {len(part)}, without 'w"):
+            TiedOptimizer("sgd", registry).build(part)
+    variables[0].trainable = False  # an anchor has no gradient that could be lost
+    TiedOptimizer("sgd", registry).build(variables[1:])
+
+
+def by_weight_decay(variables):
+    inner = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    inner.exclude_from_weight_decay(var_list=variables)
+    return inner
+
+
+def by_map(variables):
+    paths = {variable.path: keras.optimizers.SGD(0.0) for variable in variables[:1]}
+    paths |= {variable.path: next(iter(paths.values())) for variable in variables[1:]}
+    return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), paths))
+
+
+def by_muon(variables):
+    return keras.optimizers.Muon(0.1, exclude_layers=[variable.path for variable in variables])
+
+
+@pytest.mark.parametrize(("make", "needs"), [(by_weight_decay, "AdamW"), (by_map, "MultiOptimizer"), (by_muon, "Muon")])
+def test_members_that_the_inner_optimizer_treats_differently_are_refused(make, needs):
+    if not hasattr(keras.optimizers, needs):
+        pytest.skip(f"this version of Keras has no {needs}")
+    for chosen in ([0], [1], [2], [0, 1]):
+        variables, registry = tied_variables()
+        inner = make([variables[i] for i in chosen])
+        with pytest.raises(GroupMismatchError, match=r"'w0' and 'w[12]' differently\. Expected: one "):
+            TiedOptimizer(inner, registry).build(variables)
+    for chosen in ([], [0, 1, 2]):
+        variables, registry = tied_variables()
+        TiedOptimizer(make([variables[i] for i in chosen]), registry).build(variables)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has sparse gradients")
