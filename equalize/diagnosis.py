@@ -50,25 +50,53 @@ class Finding:
 
 
 def findings(groups: Sequence[Group], models: Sequence[keras.Model], *, monitored: bool) -> list[Finding]:
-    """All findings about groups, and about the models that they were linked in.
+    """All findings about groups, and about the models that hold their members.
 
     Args:
         groups: The groups of a registry.
-        models: The models that the registry has linked.
-        monitored: Whether a `TieMonitor` looks after the groups.
+        models: The models to look at.
+        monitored: Whether a `TieMonitor` makes the groups equal when training ends.
     """
     found = [*_unequal(groups), *_lost(groups)]
     for model in models:
         found += _undone(model)
-        optimizers = from_outside_in(getattr(model, "optimizer", None))
-        if optimizers:
-            own = {id(weight) for weight in model.weights}
-            as_one = {id(group) for optimizer in optimizers for group in getattr(optimizer, "groups", ())}
-            known = {id(variable) for variable in optimizers[0]._trainable_variables}
-            for group in groups:
-                if id(group) not in as_one and any(id(member.variable) in own for member in group.members):
-                    found += _about_optimizer(group, optimizers[-1], known, monitored=monitored)
+        parts = _parts(getattr(model, "optimizer", None))
+        if not parts:
+            continue
+        own = {id(weight) for weight in model.weights}
+        as_one = {id(group) for part in parts for optimizer in part for group in _updated_as_one(optimizer)}
+        for group in groups:
+            moving = [member.variable for member in group.members if not member.anchor]
+            if id(group) not in as_one and any(id(member.variable) in own for member in group.members):
+                found += _about_optimizers(group, _trained_by(parts, moving), monitored=monitored)
+                found += _out_of_reach(group, model.optimizer, moving)
     return list(dict.fromkeys(found))
+
+
+def _updated_as_one(optimizer: Any) -> list[Group]:
+    """The groups of a `TiedOptimizer`; before it is built, those that it will find."""
+    if not hasattr(optimizer, "registry"):
+        return []
+    return optimizer.groups if optimizer.built else [group for group in optimizer.registry.values() if group.hard]
+
+
+def _parts(optimizer: Any) -> list[list[Any]]:
+    """The optimizers that update variables, one or those of a `MultiOptimizer`, each with those around it first."""
+    nested = from_outside_in(optimizer)
+    several = getattr(nested[-1], "optimizers", None) if nested else ()
+    return [nested] if several is None else [nested[:-1] + part for inner in several for part in _parts(inner)]
+
+
+def _trained_by(parts: Sequence[Sequence[Any]], variables: Sequence[keras.Variable]) -> list[tuple[Any, Any]]:
+    """The innermost optimizers with those of the variables that each updates.
+
+    One of several knows its variables when it is built, by the first step, and is left out until then.
+    """
+    if len(parts) == 1:
+        return [(parts[0][-1], variables)]
+    known = [{id(variable) for variable in part[-1]._trainable_variables} for part in parts]
+    trained = [[variable for variable in variables if id(variable) in ids] for ids in known]
+    return [(part[-1], variables) for part, variables in zip(parts, trained, strict=True) if variables]
 
 
 def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
@@ -137,10 +165,9 @@ def _under_lora(layer: keras.Layer) -> Iterator[Finding]:
         )
 
 
-def _about_optimizer(group: Group, optimizer: Any, known: set[int], *, monitored: bool) -> Iterator[Finding]:
-    """What an optimizer does to a group whose members it updates one by one."""
-    moving = [member.variable for member in group.members if not member.anchor]
-    if group.hard and optimizer.use_ema and not monitored:
+def _about_optimizers(group: Group, trained: Sequence[tuple[Any, Any]], *, monitored: bool) -> Iterator[Finding]:
+    """What optimizers do to a group whose members they update one by one."""
+    if group.hard and not monitored and any(optimizer.use_ema for optimizer, _ in trained):
         yield Finding(
             "ema",
             group.name,
@@ -148,31 +175,41 @@ def _about_optimizer(group: Group, optimizer: Any, known: set[int], *, monitored
             "Train with `callbacks=[equalize.callbacks.TieMonitor(registry)]`, or call "
             '`registry.sync("mean")` afterwards.',
         )
-    if group.hard and optimizer.global_clipnorm:
-        yield Finding(
-            "global_clipnorm",
-            group.name,
-            f"`global_clipnorm` counts the gradient of each of the {len(moving)} members, where one shared "
-            "variable would count once, with their sum.",
-            "Expect other clipping than with sharing, or use `equalize.optimizers.TiedOptimizer`; `clipnorm` treats "
-            "each member alone.",
-        )
-    if group.projects and not group.hard and optimizer.gradient_accumulation_steps:
-        yield Finding(
-            "accumulation",
-            group.name,
-            f"the rate {group.rule.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
-            "micro-steps of an update, since Keras calls constraints in all of them.",
-            "Choose the rate for one micro-step: 1 − (1 − rate)^(1/steps).",
-        )
-    decayed = {bool(optimizer._use_weight_decay(variable)) for variable in moving}
-    if optimizer.weight_decay and len(decayed) > 1:
+    for optimizer, variables in trained:
+        if group.hard and optimizer.global_clipnorm and len(variables) > 1:
+            yield Finding(
+                "global_clipnorm",
+                group.name,
+                f"`global_clipnorm` counts the gradient of each of the {len(variables)} members, where one shared "
+                "variable would count once, with their sum.",
+                "Expect other clipping than with sharing, or use `equalize.optimizers.TiedOptimizer`; `clipnorm` "
+                "treats each member alone.",
+            )
+        if group.projects and not group.hard and optimizer.gradient_accumulation_steps:
+            yield Finding(
+                "accumulation",
+                group.name,
+                f"the rate {group.rule.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
+                "micro-steps of an update, since Keras calls constraints in all of them.",
+                "Choose the rate for one micro-step: 1 − (1 − rate)^(1/steps).",
+            )
+    decays = {
+        (optimizer.weight_decay or 0.0) if optimizer._use_weight_decay(variable) else 0.0
+        for optimizer, variables in trained
+        for variable in variables
+    }
+    if len(decays) > 1:
         yield Finding(
             "weight_decay",
             group.name,
-            "weight decay covers some members and not others, so the group decays at a rate in between.",
+            "weight decay is not the same for all members, so the group decays at a rate in between.",
             "Exclude all members from weight decay, or none.",
         )
+
+
+def _out_of_reach(group: Group, optimizer: Any, moving: Sequence[keras.Variable]) -> Iterator[Finding]:
+    """Members that the optimizer of a model does not carry on JAX, once it is built."""
+    known = {id(variable) for variable in optimizer._trainable_variables}
     inside = [id(variable) in known for variable in moving]
     if keras.backend.backend() == "jax" and any(inside) and not all(inside):
         yield Finding(

@@ -8,8 +8,9 @@ from typing import Any
 import keras
 import rich.console
 
-from equalize import arguments, plotting, reporting
+from equalize import arguments, plotting, reporting, retracing
 from equalize.advice import Advice, advise
+from equalize.arguments import received
 from equalize.diagnosis import EQUALIZE, Finding, findings
 from equalize.errors import TieBrokenError
 from equalize.groups import Group
@@ -82,18 +83,31 @@ class Inspection(Mapping[str, Group]):
         """
         plotting.plot_groups(list(self.values()), path)
 
-    def diagnose(self) -> list[Finding]:
+    def diagnose(self, *models: keras.Model) -> list[Finding]:
         """What may go wrong with the ties though nothing is broken yet, each with a fix.
 
-        Looks at the groups, and at the models that were linked with their optimizers: averaging of weights without a
+        Looks at the groups, and at models with their optimizers: averaging of weights without a
         monitor, clipping by the global norm, weight decay of some members only, partial averaging under gradient
         accumulation, rules that LoRA or quantization dropped or that were never linked, members that an optimizer on
         JAX does not reach, members that no longer exist, hard groups that are not equal.
 
+        Args:
+            *models: The models to look at. Without any it looks at those that were linked and at all that hold a
+                member. Finding these takes a fraction of a second, and misses what `gc.freeze()` has put away.
+
         Returns:
             A list of findings, empty where there is nothing to say. Print one to read it.
+
+        Raises:
+            TypeError: One of `models` is no Keras model.
         """
-        return findings(list(self.values()), list(self._models), monitored=len(self.monitors) > 0)
+        for model in models:
+            if not isinstance(model, keras.Model):
+                raise TypeError(f"`diagnose` expects Keras models. Received: {received(model)}.")
+        variables = [member.variable for group in self.values() for member in group.members if not member.constant]
+        looked_at = models or dict.fromkeys([*self._models, *retracing.holding(variables)])
+        repaired = any(monitor.repair for monitor in self.monitors)
+        return findings(list(self.values()), list(looked_at), monitored=repaired)
 
     def advise(
         self,

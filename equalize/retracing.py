@@ -19,6 +19,13 @@ def living(kind: type) -> list[Any]:
     return [item for item in gc.get_objects() if type(item) in kinds and hasattr(item, "_tracker")]
 
 
+def holding(variables: Iterable[keras.Variable]) -> list[keras.Model]:
+    """The living models that hold one of the variables."""
+    wanted = {id(variable) for variable in variables}
+    models = living(keras.Model) if wanted else []
+    return [model for model in models if any(id(variable) in wanted for variable in model.variables)]
+
+
 def retrace(variables: Iterable[keras.Variable]) -> None:
     """Makes the models that hold one of the variables trace their functions anew, also while they train.
 
@@ -27,13 +34,9 @@ def retrace(variables: Iterable[keras.Variable]) -> None:
     Args:
         variables: Variables that have changed their rule or their layers.
     """
-    changed = {id(variable) for variable in variables if backend.may_be_traced(variable)}
-    if not changed:
-        return
-    for model in living(keras.Model):
-        traced = [kind for kind in ("train", "test", "predict") if getattr(model, f"{kind}_function", None) is not None]
-        if traced and any(id(variable) in changed for variable in model.variables):
-            for kind in traced:
+    for model in holding([variable for variable in variables if backend.may_be_traced(variable)]):
+        for kind in ("train", "test", "predict"):
+            if getattr(model, f"{kind}_function", None) is not None:
                 getattr(model, f"make_{kind}_function")(force=True)
 
 

@@ -266,6 +266,7 @@ CALLS = {
     "GroupRegistry.project": (unpacked(lambda w: w.registry.project), lambda w: {"arguments": ["hard"]}),
     "GroupRegistry.check": (of(lambda w: w.registry.check), lambda w: {"atol": 0.0}),
     "GroupRegistry.summary": (of(lambda w: w.registry.summary), lambda w: {"print_fn": len}),
+    "GroupRegistry.diagnose": (unpacked(lambda w: w.registry.diagnose), lambda w: {"arguments": [w.model]}),
     "GroupRegistry.advise": (
         of(lambda w: w.registry.advise),
         lambda w: {

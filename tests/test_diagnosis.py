@@ -7,6 +7,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
+from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from tests.conftest import BACKEND, fit, kernels, towers
 
@@ -48,6 +49,96 @@ def test_optimizers_that_treat_members_otherwise_than_a_shared_variable(optimize
     del monitor
     model.compile("sgd", "mse")
     assert kinds(registry) == []
+
+
+def tied(optimizer=None):
+    """A model whose kernels `tie` has tied: its registry has linked no model."""
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", kernels(model), Equal())
+    if optimizer is not None:
+        model.compile(optimizer, "mse")
+    return model, registry
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        (lambda: keras.optimizers.SGD(use_ema=True), "ema"),
+        (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(use_ema=True)), "ema"),
+        (lambda: keras.optimizers.SGD(global_clipnorm=1.0), "global_clipnorm"),
+    ],
+)
+def test_after_tie_it_knows_what_it_knows_after_link(optimizer, kind):
+    model, registry = tied(optimizer())
+    assert kinds(registry) == [kind]
+    assert registry.diagnose(model) == registry.diagnose()
+    model.compile(TiedOptimizer(optimizer(), registry), "mse")
+    assert kinds(registry) == []
+
+
+def test_models_nested_in_others_and_models_that_share_a_member():
+    model, registry = tied(keras.optimizers.SGD(global_clipnorm=1.0))
+    entrance = keras.Input((5,))
+    outer = keras.Model(entrance, model(entrance))
+    assert kinds(registry) == ["global_clipnorm"]
+    outer.compile(keras.optimizers.SGD(use_ema=True), "mse")
+    assert sorted(kinds(registry)) == ["ema", "global_clipnorm"]
+    assert [finding.kind for finding in registry.diagnose(outer)] == ["ema"]
+    beside = keras.Model(model.input, model.get_layer("tower_0").output)
+    beside.compile(keras.optimizers.SGD(global_clipnorm=1.0), "mse")
+    assert sorted(kinds(registry)) == ["ema", "global_clipnorm"]  # each said once
+
+
+def test_a_clone_is_looked_at_only_where_it_is_given():
+    model, registry = linked()
+    clone = keras.models.clone_model(model)
+    clone.compile(keras.optimizers.SGD(use_ema=True), "mse")
+    assert kinds(registry) == []
+    assert {finding.kind for finding in registry.diagnose(clone)} == {"unlinked"}
+    assert kinds(equalize.GroupRegistry()) == []
+    with pytest.raises(TypeError, match="`diagnose` expects Keras models"):
+        registry.diagnose("towers")
+
+
+def test_a_monitor_that_repairs_nothing_is_none():
+    model, registry = tied(keras.optimizers.SGD(use_ema=True))
+    watching = equalize.callbacks.TieMonitor(registry, repair=False)
+    assert kinds(registry) == ["ema"]
+    repairing = equalize.callbacks.TieMonitor(registry)
+    assert kinds(registry) == []
+    del model, watching, repairing
+
+
+def test_an_anchor_leaves_one_member_that_clipping_counts_once():
+    model = towers(2, frozen=(1,))
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", kernels(model), Equal())
+    model.compile(keras.optimizers.SGD(global_clipnorm=1.0), "mse")
+    assert kinds(registry) == []
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this version of Keras has none")
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ({}, {}, []),
+        ({"use_ema": True}, {}, ["ema"]),
+        ({}, {"global_clipnorm": 1.0}, ["global_clipnorm"]),
+        ({"weight_decay": 0.1}, {}, ["weight_decay"]),
+        ({"weight_decay": 0.1}, {"weight_decay": 0.1}, []),
+    ],
+    ids=str,
+)
+def test_several_optimizers_in_one_each_with_the_members_that_it_updates(one, other, expected):
+    model = towers(3)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", kernels(model), Equal())
+    parts = keras.optimizers.OptimizerMap(keras.optimizers.SGD(**other), {"tower_0/.*": keras.optimizers.SGD(**one)})
+    model.compile(keras.optimizers.MultiOptimizer(parts), "mse")
+    assert kinds(registry) == []  # which optimizer updates what is known when it is built
+    model.optimizer.build(model.trainable_variables)
+    assert kinds(registry) == expected
 
 
 def test_weight_decay_of_some_members():

@@ -1841,6 +1841,15 @@ def schedule_of_a_matrix():
 
 @message(
     """
+    `diagnose` expects Keras models. Received: 'model' of type <class 'str'>.
+    """
+)
+def diagnosis_of_what_is_no_model():
+    equalize.GroupRegistry().diagnose("model")
+
+
+@message(
+    """
     `model` must be a Keras model. Received: 'model' of type <class 'str'>.
     """
 )
