@@ -47,6 +47,14 @@ def _averaged(regularizer: Any, group: Group, member: Member) -> Any:
     return Averaged().bind(group, member, own(regularizer))
 
 
+def own_regularizer(variable: keras.Variable) -> Any:
+    """What a variable is regularized by besides ties, as its user gave it."""
+    regularizer = variable.regularizer
+    while isinstance(regularizer, Rule):
+        regularizer = regularizer.inner
+    return regularizer
+
+
 def own(regularizer: Any) -> Any:
     """A regularizer as its user gave it."""
     return regularizer.inner if isinstance(regularizer, Averaged) else regularizer

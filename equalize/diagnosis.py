@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from equalize.arguments import counted
-from equalize.binding import rules_on
+from equalize.binding import config_of, name_of, own_regularizer, rules_on
 from equalize.groups import Group
 from equalize.rules import Rule
 
@@ -49,15 +49,18 @@ class Finding:
         return f"[{self.kind}] '{self.subject}': {self.message} {self.fix}"
 
 
-def findings(groups: Sequence[Group], models: Sequence[keras.Model], *, monitored: bool) -> list[Finding]:
+def findings(
+    groups: Sequence[Group], pending: Sequence[str], models: Sequence[keras.Model], *, monitored: bool
+) -> list[Finding]:
     """All findings about groups, and about the models that hold their members.
 
     Args:
         groups: The groups of a registry.
+        pending: The names of groups of a config that are not linked yet.
         models: The models to look at.
         monitored: Whether a `TieMonitor` makes the groups equal when training ends.
     """
-    found = [*_unequal(groups), *_lost(groups)]
+    found = [*_pending(pending), *_unequal(groups), *_lost(groups), *_regularized(groups)]
     for model in models:
         found += _undone(model)
         parts = _parts(getattr(model, "optimizer", None))
@@ -97,6 +100,31 @@ def _trained_by(parts: Sequence[Sequence[Any]], variables: Sequence[keras.Variab
     known = [{id(variable) for variable in part[-1]._trainable_variables} for part in parts]
     trained = [[variable for variable in variables if id(variable) in ids] for ids in known]
     return [(part[-1], variables) for part, variables in zip(parts, trained, strict=True) if variables]
+
+
+def _pending(names: Iterable[str]) -> Iterator[Finding]:
+    for name in names:
+        yield Finding(
+            "pending",
+            name,
+            "the tie was loaded and is not linked yet, so it ties nothing.",
+            "Call `registry.link(model)`, or tie the variables again with `registry.tie`.",
+        )
+
+
+def _regularized(groups: Iterable[Group]) -> Iterator[Finding]:
+    """Hard groups whose members have regularizers of their own that differ: a shared variable could have only one."""
+    for group in groups:
+        moving = [member for member in group.members if not member.anchor]
+        own = [own_regularizer(member.variable) for member in moving]
+        if group.hard and any(config_of(each) != config_of(own[0]) for each in own[1:]):
+            listed = ", ".join(f"'{m.path}': {name_of(each)}" for m, each in zip(moving, own, strict=True))
+            yield Finding(
+                "regularizers",
+                group.name,
+                f"the members' own regularizers differ, and count as their mean ({listed}).",
+                "Give all members the same regularizer.",
+            )
 
 
 def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:

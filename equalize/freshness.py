@@ -25,7 +25,7 @@ def _tensorflow(variable: keras.Variable, value: Tensor, awaited: bool) -> Watch
     """In a graph: nothing but reads, and writes of the value, has been added to the handle. Eagerly: the same buffer.
 
     While the value is held, nothing can be written into the buffer that it shares with the variable: TensorFlow
-    gives the variable another one. On a GPU the buffer cannot be seen, and all counts as changed.
+    gives the variable another one. Where reading copies, as after a sparse update and from a GPU, the bits are compared.
     """
     import tensorflow as tf
 
@@ -33,7 +33,7 @@ def _tensorflow(variable: keras.Variable, value: Tensor, awaited: bool) -> Watch
 
         def eagerly(variable: keras.Variable) -> Tensor | None:
             now = None if tf.inside_function() else read(variable)
-            return now if now is not None and _address(now) == _address(value) else None
+            return now if now is not None and (_address(now) == _address(value) or _same_bits(now, value)) else None
 
         return eagerly
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
@@ -75,12 +75,22 @@ def _unknown(variable: keras.Variable) -> None:
     return None
 
 
-def _address(value: Tensor) -> int:
-    """Where a TensorFlow tensor's buffer lies; NumPy knows integers of every size, but not every float."""
+def _same_bits(one: Tensor, other: Tensor) -> bool:
     import tensorflow as tf
 
-    integers = tf.bitcast(value, {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
-    return np.asarray(memoryview(integers)).ctypes.data
+    return bool(tf.reduce_all(_integers(one) == _integers(other)))
+
+
+def _address(value: Tensor) -> int:
+    """Where a TensorFlow tensor's buffer lies."""
+    return np.asarray(memoryview(_integers(value))).ctypes.data
+
+
+def _integers(value: Tensor) -> Tensor:
+    """A TensorFlow tensor's bits; NumPy knows integers of every size, but not every float."""
+    import tensorflow as tf
+
+    return tf.bitcast(value, {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
 
 
 _WATCH = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.backend.backend()]

@@ -88,7 +88,7 @@ class Inspection(Mapping[str, Group]):
 
         Looks at the groups, and at models with their optimizers: averaging of weights without a
         monitor, clipping by the global norm, weight decay of some members only, partial averaging under gradient
-        accumulation, rules that LoRA or quantization dropped or that were never linked, members that an optimizer on
+        accumulation, rules that LoRA or quantization dropped or that were never linked, regularizers of members that differ, members that an optimizer on
         JAX does not reach, members that no longer exist, hard groups that are not equal.
 
         Args:
@@ -107,7 +107,7 @@ class Inspection(Mapping[str, Group]):
         variables = [member.variable for group in self.values() for member in group.members if not member.constant]
         looked_at = models or dict.fromkeys([*self._models, *retracing.holding(variables)])
         repaired = any(monitor.repair for monitor in self.monitors)
-        return findings(list(self.values()), list(looked_at), monitored=repaired)
+        return findings(list(self.values()), self.pending, list(looked_at), monitored=repaired)
 
     def advise(
         self,

@@ -249,3 +249,29 @@ def test_a_deleted_model_is_not_diagnosed():
     keras.backend.clear_session()
     gc.collect()
     assert registry.diagnose() == []
+
+
+def test_ties_that_were_loaded_and_are_not_linked_are_found():
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", kernels(model), Equal())
+    restored = equalize.GroupRegistry.from_config(registry.get_config())
+    assert [(finding.kind, finding.subject) for finding in restored.diagnose()] == [("pending", "pair")]
+    restored.link(keras.models.clone_model(model))
+    assert restored.diagnose() == []
+
+
+def test_regularizers_that_differ_within_a_hard_group_are_found():
+    members = [keras.Variable([1.0, 2.0], dtype="float32", name=f"w{i}") for i in range(2)]
+    members[0].regularizer, members[1].regularizer = keras.regularizers.L2(0.1), keras.regularizers.L2(0.1)
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", members, Equal())
+    assert registry.diagnose() == []
+    registry.untie()
+    members[1].regularizer = None
+    registry.tie("pair", members, Equal())
+    (finding,) = registry.diagnose()
+    assert (finding.kind, finding.subject) == ("regularizers", "pair")
+    assert "'w0': L2, 'w1': none" in finding.message
+    registry["pair"].rule = Equal(rate=0.5)
+    assert registry.diagnose() == []
