@@ -40,6 +40,8 @@ def place_of(variable, variables):
 class Registry(stateful.RuleBasedStateMachine):
     """Variables of layers, some of them tied; `self.groups` is what must be in the registry."""
 
+    copied = 0  # how often a copy was tied, in all lives
+
     def __init__(self):
         super().__init__()
         self.random = np.random.default_rng(0)
@@ -136,11 +138,14 @@ class Registry(stateful.RuleBasedStateMachine):
                     self.wrote(members)
                     self.settled |= {name} if self.registry[name].hard else set()
 
+    @stateful.initialize(rule=rules, count=st.integers(2, 4))
+    def begin(self, rule, count):
+        self.tie("one", [(i, None) for i in range(count)], rule)
+
+    @stateful.precondition(lambda self: self.groups)
     @stateful.rule()
     def copy(self):
         """A registry from plain data ties a clone as the original is, and the original keeps every bit."""
-        if not self.groups:
-            return
         config = json.loads(json.dumps(self.registry.get_config()))
         clone = keras.models.clone_model(self.model)
         clone.set_weights(self.model.get_weights())
@@ -152,6 +157,7 @@ class Registry(stateful.RuleBasedStateMachine):
             held = [name for name, members in self.groups.items() if len(frozen & set(members)) > 1]
             assert any(self.registry[name].projects for name in held)
             return
+        Registry.copied += 1
         kernels = [layer.kernel for layer in clone.layers if layer.weights]
         for name, members in self.groups.items():
             group = copied[0][name]
@@ -208,7 +214,9 @@ def run(examples, steps):
 
 
 def test_laws_hold_through_what_people_do():
+    Registry.copied = 0
     run(12, 15)
+    assert Registry.copied > 0
 
 
 @pytest.mark.fuzz
