@@ -582,16 +582,31 @@ def test_a_step_projects_each_of_two_groups_once(count):
     assert count.means == 2 * count.applied > 0
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adam"])  # the first two write rows only, if run eagerly
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_with_the_sparse_gradients_of_embeddings_projects_once(count, mode):
+def test_a_step_with_the_sparse_gradients_of_embeddings_projects_once(count, mode, optimizer):
     entrance = keras.Input((2,), dtype="int32")
     layers = [keras.layers.Embedding(6, 3, embeddings_constraint=Equal("words")) for _ in range(4)]
     rows = [keras.layers.Flatten()(layer(entrance)) for layer in layers]
     model = keras.Model(entrance, keras.layers.Dense(1)(keras.layers.Concatenate()(rows)))
     registry = equalize.GroupRegistry().link(model)
     x, y = np.random.default_rng(0).integers(0, 6, (16, 2)), np.ones((16, 1))
-    fit(model, registry, x=x, y=y, epochs=1, optimizer="adam", **MODES[mode])
+    fit(model, registry, x=x, y=y, epochs=1, optimizer=optimizer, **MODES[mode])
     assert count.means == count.applied > 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adam"])
+def test_a_partial_tie_of_tables_pulls_once_a_step(optimizer):
+    start = np.float32([0.0, 8.0])
+    tables = [keras.Variable(np.full((6, 2), value, "float32"), name=f"table_{value:g}") for value in start]
+    equalize.GroupRegistry().tie("tables", tables, Equal(rate=0.5))
+    made = keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.0}})
+    gradient = ops.ones((6, 2))
+    if BACKEND == "tensorflow":
+        gradient = tf.IndexedSlices(tf.ones((2, 2)), tf.constant([0, 3]), tf.constant((6, 2)))
+    for spread in (4.0, 2.0, 1.0):
+        made.apply([gradient, gradient], tables)
+        np.testing.assert_array_equal(ops.convert_to_numpy(tables[1].value - tables[0].value), spread)
 
 
 @on_tensorflow
