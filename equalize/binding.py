@@ -5,10 +5,11 @@ from typing import Any
 
 import keras
 
-from equalize import references, retracing
+from equalize import effects, references, retracing
 from equalize.averaged import Averaged
+from equalize.effects import described
 from equalize.errors import GroupMismatchError
-from equalize.groups import Group
+from equalize.groups import Group, pulled_arrays
 from equalize.members import Member
 from equalize.rules import Rule
 from equalize.sighting import Sighting
@@ -105,25 +106,49 @@ def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: Group |
             ones: there is one common value, so there can be one constraint.
     """
     found = [_existing(member.variable, rule.slot, besides) for member in members]
+    given = effects.Effect(rule.inner)
     for member, existing in zip(members, found, strict=True):
-        if rule.inner is not None and existing is not None and config_of(rule.inner) != config_of(own(existing)):
+        if rule.inner is not None and existing is not None and not _same(given, _effect(own(existing), member), member):
             raise GroupMismatchError(
-                f"Cannot tie '{member.path}' into group '{name}': it has the {rule.slot} {name_of(existing)} already, "
-                f"and the rule brings {name_of(rule.inner)} as `inner`. Expected: one of the two. Leave `inner` out to "
-                f"keep what the variable has, or set `variable.{rule.slot} = None` first."
+                f"Cannot tie '{member.path}' into group '{name}': it has the {rule.slot} {described(own(existing))} "
+                f"already, and the rule brings {described(rule.inner)} as `inner`. Expected: one of the two. Leave "
+                f"`inner` out to keep what the variable has, or set `variable.{rule.slot} = None` first."
             )
     kept = [rule.inner if existing is None else existing for existing in found]
-    moving = [inner for member, inner in zip(members, kept, strict=True) if not member.constant]
     if rule.slot == "constraint":
-        for member, inner in zip(members, kept, strict=True):
-            if not member.constant and config_of(inner) != config_of(moving[0]):
-                lines = "".join(f"\n    {m}: {name_of(i)}" for m, i in zip(members, kept, strict=True))
+        moving = [(m, inner, given if e is None else _effect(e, m)) for m, inner, e in _zip(members, kept, found)]
+        for member, inner, effect in moving[1:]:
+            if not _same(moving[0][2], effect, moving[0][0], member):
+                lines = "".join(f"\n    {m}: {described(i)}" for m, i in zip(members, kept, strict=True))
                 raise GroupMismatchError(
-                    f"Cannot tie '{member.path}' into group '{name}': expected the constraint {name_of(moving[0])}, "
-                    f"which the first member has; received {name_of(inner)}. One common value can obey one constraint: "
-                    f"give all members the same, or none.\nMembers:{lines}"
+                    f"Cannot tie '{member.path}' into group '{name}': expected a constraint that does what "
+                    f"{described(moving[0][1])} of the first member does; received {described(inner)}, which does "
+                    "something else to the common value. One common value can obey one constraint: give all members "
+                    f"the same, as their views show it, or none.\nMembers:{lines}"
                 )
     return kept
+
+
+def common_inner(rule: Rule, members: Sequence[Member], inner: Sequence[Any]) -> Any:
+    """What goes on inside the rule of a group: for a projection the members' one constraint, of the common value."""
+    if rule.slot != "constraint" or rule.inner is not None:
+        return rule.inner
+    member, kept = next((m, i) for m, i in zip(members, inner, strict=True) if not m.constant)
+    effect = _effect(kept, member)
+    return kept if kept is None or effect.view is None else effects.Through(kept, effect.view)
+
+
+def _zip(members: Sequence[Member], *columns: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [row for row in zip(members, *columns, strict=True) if not row[0].constant]
+
+
+def _effect(function: Any, member: Member) -> effects.Effect:
+    """What a member's own constraint or regularizer does; what is free in a slice is no part of the common value."""
+    return effects.Effect(function, member.view if member.whole else None)
+
+
+def _same(one: effects.Effect, other: effects.Effect, *members: Member) -> bool:
+    return effects.same(one, other, list(pulled_arrays(members)))
 
 
 def _existing(variable: keras.Variable, slot: str, besides: Group | None) -> Any:
@@ -139,13 +164,3 @@ def _without(rule: Any, group: Group | None) -> Any:
     if rule.bound_group is group:
         return inner
     return rule if inner is rule.inner else rule.around(inner)
-
-
-def config_of(rule: Any) -> Any:
-    """What a constraint or regularizer writes of itself; None for none."""
-    return None if rule is None else keras.saving.serialize_keras_object(rule)
-
-
-def name_of(rule: Any) -> str:
-    """What a constraint or regularizer is called in messages: the name of its class, or of the function that it is."""
-    return "none" if rule is None else getattr(rule, "__name__", type(rule).__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from equalize import arguments, backend, rules, symmetry
+from equalize import arguments, backend, effects, rules, symmetry
 from equalize.arguments import received
 from equalize.errors import EqualizeError
 from equalize.projections import Tensor
@@ -64,7 +64,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
 
     slot = "constraint"
     setting = "rate"
-    own_keys = frozenset({"group", "weight", "view"})
+    own_keys = frozenset({"group", "weight", "view", "inner"})
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         return group.project(member)
 
     def _settings(self) -> dict[str, Any]:
-        inner = {} if self.inner is None else {"inner": type(self.inner).__name__}
+        inner = {} if self.inner is None else {"inner": effects.name_of(self.inner)}
         return ({} if self.rate == 1.0 else {"rate": self.rate}) | inner
 
     def get_config(self) -> dict[str, Any]:

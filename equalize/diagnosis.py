@@ -7,8 +7,9 @@ from typing import Any
 import keras
 
 from equalize.arguments import counted
-from equalize.binding import config_of, name_of, own_regularizer, rules_on
-from equalize.groups import Group
+from equalize.binding import own_regularizer, rules_on
+from equalize.effects import Effect, described, same
+from equalize.groups import Group, pulled_arrays
 from equalize.rules import Rule
 
 EQUALIZE = (
@@ -117,8 +118,9 @@ def _regularized(groups: Iterable[Group]) -> Iterator[Finding]:
     for group in groups:
         moving = [member for member in group.members if not member.anchor]
         own = [own_regularizer(member.variable) for member in moving]
-        if group.hard and any(config_of(each) != config_of(own[0]) for each in own[1:]):
-            listed = ", ".join(f"'{m.path}': {name_of(each)}" for m, each in zip(moving, own, strict=True))
+        seen = [Effect(each, member.view if member.whole else None) for member, each in zip(moving, own, strict=True)]
+        if group.hard and not all(same(seen[0], each, list(pulled_arrays(moving[:1]))) for each in seen[1:]):
+            listed = ", ".join(f"'{m.path}': {described(each)}" for m, each in zip(moving, own, strict=True))
             yield Finding(
                 "regularizers",
                 group.name,

@@ -25,7 +25,7 @@ def _tensorflow(variable: keras.Variable, value: Tensor, awaited: bool) -> Watch
     """In a graph: nothing but reads, and writes of the value, has been added to the handle. Eagerly: the same buffer.
 
     While the value is held, nothing can be written into the buffer that it shares with the variable: TensorFlow
-    gives the variable another one. Where reading copies, as after a sparse update and from a GPU, the bits are compared.
+    gives the variable another one. Where reading copies, as after a sparse update or from a GPU, bits are compared.
     """
     import tensorflow as tf
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import keras
 
-from equalize import backend
+from equalize import backend, effects
 from equalize.arguments import counted
 from equalize.binding import rules_on
 from equalize.errors import GroupMismatchError, TieBrokenError
-from equalize.groups import Group
+from equalize.groups import Group, pulled_arrays
 from equalize.members import Member
 from equalize.rules import Rule
 
@@ -34,7 +34,7 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
                     f"Cannot tie '{member.path}' into group '{name}': expected {what} {expected}, set by "
                     f"'{first.path}'; received {received}. {fix}{listing(members)}"
                 )
-        if type(rule) is not type(member_rules[0]) or rule.common_config() != member_rules[0].common_config():
+        if not _of_one_kind(member_rules[0], rule, first):
             raise GroupMismatchError(
                 f"The rules of group '{name}' disagree: expected {_written(member_rules[0])}, set by '{first.path}'; "
                 f"received {_written(rule)} from '{member.path}'. Give all members the same rule, or another "
@@ -141,5 +141,17 @@ def _require_view_fits(name: str, member: Member) -> None:
         raise GroupMismatchError(f"Cannot tie '{member.path}' into group '{name}': {error}") from error
 
 
+def _of_one_kind(one: Rule, other: Rule, member: Member) -> bool:
+    """Whether two rules ask the same of a group; what a constraint inside them does counts, not its config."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or one.common_config() != other.common_config():
+        return False
+    inside = [effects.Effect(rule.inner) for rule in (one, other)]
+    return one.slot != "constraint" or effects.same(*inside, list(pulled_arrays([member])))
+
+
 def _written(rule: Rule) -> str:
-    return f"{type(rule).__name__}({', '.join(f'{key}={value!r}' for key, value in rule.common_config().items())})"
+    settings = [f"{key}={value!r}" for key, value in rule.common_config().items()]
+    inner = [f"inner={effects.described(rule.inner)}"] if rule.slot == "constraint" else []
+    return f"{type(rule).__name__}({', '.join(settings + inner)})"

@@ -46,7 +46,9 @@ def _group_config(group: Group, found: Mapping[int, places.Places]) -> dict[str,
             entry |= {"path": member.path, "shape": list(variable.shape), "dtype": backend.dtype(variable)}
             entry["places"] = [list(place) for place in found[id(variable)]]
         members.append(entry)
-    return {"name": group.name, "rule": keras.saving.serialize_keras_object(group.present_rule), "members": members}
+    rule = group.present_rule
+    rule = keras.saving.serialize_keras_object(rule.template(rule.given))  # what is on the variables is found there
+    return {"name": group.name, "rule": rule, "members": members}
 
 
 def checked_config(config: Any) -> list[dict[str, Any]]:

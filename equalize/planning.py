@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from equalize import backend, binding, discovery, matching, persistence, places, retracing
+from equalize import backend, binding, discovery, effects, matching, persistence, places, retracing
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -99,8 +99,9 @@ def replace(group: Group, rule: Rule) -> None:
 
 def _for_group(rule: Rule, members: Sequence[Member], inner: Sequence[Any]) -> Rule:
     """The rule of a whole group, with the members' common inner constraint where it is a projection."""
-    moving = [kept for member, kept in zip(members, inner, strict=True) if not member.constant]
-    return rule.template(moving[0] if rule.slot == "constraint" else rule.inner)
+    template = rule.template(binding.common_inner(rule, members, inner))
+    template.given = rule.inner
+    return template
 
 
 def restore(
@@ -140,7 +141,7 @@ def require_apart(plans: Sequence[Plan]) -> None:
             if shared and plan.rules[0].inner is not None and not plan.group.declared:
                 raise GroupMismatchError(
                     f"Cannot tie '{shared[0].path}' into group '{name}': another group that is made with it has the "
-                    f"variable, and the rule brings {binding.name_of(plan.rules[0].inner)} as `inner`. Expected: one "
+                    f"variable, and the rule brings {effects.name_of(plan.rules[0].inner)} as `inner`. Expected: one "
                     f"of the two. Leave `inner` out.{matching.listing(plan.group.members)}"
                 )
             pulled |= {id(member.variable) for member in plan.group.members}
@@ -176,7 +177,7 @@ def _require_inner(group: Group) -> None:
         shape, problem = None, error
     if shape != tuple(common.shape):
         raise GroupMismatchError(
-            f"Cannot tie group '{group.name}': its rule has the `inner` {binding.name_of(inner)}, which cannot be "
+            f"Cannot tie group '{group.name}': its rule has the `inner` {effects.name_of(inner)}, which cannot be "
             f"applied to the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}"
             f". Received: {f'a tensor of shape {shape}' if problem is None else repr(problem)}. Take another, or none."
             f"{matching.listing(group.members)}"

@@ -40,6 +40,9 @@ class Rule:
     group: str | None
     inner: Any
 
+    given: Any = None
+    """What a user gave as `inner`; a group's rule may have found another on the variables."""
+
     anchors: tuple[keras.Variable, ...] = ()
     """The variables that hold the member of a bound rule and that live as long as it does."""
 
@@ -131,7 +134,7 @@ class Rule:
 
     def common_config(self) -> dict[str, Any]:
         """What the members of one group must agree on."""
-        config: dict[str, Any] = self.get_config()  # type: ignore[attr-defined]
+        config: dict[str, Any] = self.template(None).get_config()  # type: ignore[attr-defined]
         return {key: value for key, value in config.items() if key not in self.own_keys}
 
     def describe(self) -> str:

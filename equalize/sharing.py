@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from equalize import backend, binding, pairing, references, retracing
+from equalize import backend, binding, effects, pairing, references, retracing
 from equalize.arguments import received
 from equalize.errors import GroupMismatchError
 
@@ -163,14 +163,21 @@ def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
         ("shape", tuple(kept.shape), tuple(old.shape)),
         ("dtype", backend.dtype(kept), backend.dtype(old)),
         ("trainable", kept.trainable, old.trainable),
-        ("constraint", binding.config_of(kept.constraint), binding.config_of(old.constraint)),
-        ("regularizer", binding.config_of(kept.regularizer), binding.config_of(old.regularizer)),
     ):
         if expected != found:
-            raise GroupMismatchError(
-                f"Cannot share '{kept.path}' with the owner of '{old.path}': expected {what} {expected}, received "
-                f"{found}. One variable has one {what}: make the two agree first."
-            )
+            raise _misfit(kept, old, what, expected, found)
+    values = [backend.array(kept.value), backend.array(old.value)]
+    for what in ("constraint", "regularizer"):
+        expected, found = getattr(kept, what), getattr(old, what)
+        if not effects.same(effects.Effect(expected), effects.Effect(found), values):
+            raise _misfit(kept, old, what, effects.described(expected), effects.described(found))
+
+
+def _misfit(kept: keras.Variable, old: keras.Variable, what: str, expected: Any, found: Any) -> GroupMismatchError:
+    return GroupMismatchError(
+        f"Cannot share '{kept.path}' with the owner of '{old.path}': expected {what} {expected}, received {found}. One "
+        f"variable has one {what}: make the two agree first."
+    )
 
 
 def _require_replaceable(
