@@ -10,7 +10,6 @@ Each function takes the values of all members, tensors of one shape without grad
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -61,7 +60,9 @@ def pairwise_l2(values: Sequence[Tensor], strengths: np.ndarray | None = None) -
 def pairwise_norm(values: Sequence[Tensor], strengths: np.ndarray | None = None) -> list[Share]:
     """Σ_{i<j} s_ij · ‖w_i − w_j‖, not squared. Members that are equal do not pull each other."""
     strengths = np.ones((len(values),) * 2) if strengths is None else strengths
-    return _shares(*_over_graph(values, strengths, _norm, _norm_rows))
+    power = _power(values, np.finfo(backend.dtype(values[0])).maxexp // 2 - 20)  # room for 2**40 squares in a sum
+    total, slopes = _over_graph([value * power for value in values], strengths, _norm, _norm_rows)
+    return _shares(total / power, slopes)
 
 
 def chain_l2(values: Sequence[Tensor]) -> list[Share]:
@@ -82,19 +83,36 @@ def trace_norm(values: Sequence[Tensor]) -> list[Share]:
     as roots of the Gram matrix's eigenvalues they would be wrong by the root of the rounding error.
     """
     rows = _rows(values)
-    gram = ops.matmul(rows, ops.transpose(rows))
+    power = _power([rows], 0)
+    rows = rows * power
+    gram = rows @ ops.transpose(rows)  # `ops.matmul` computes float64 in float32 on PyTorch (Keras 3.15)
     # A solver of some backends raises on what is not finite; that shows in the rotated rows all the same.
     _, vectors = ops.eigh(ops.where(ops.isfinite(gram), gram, 0.0))
-    rotated = ops.matmul(ops.transpose(vectors), rows)
+    rotated = ops.transpose(vectors) @ rows
     singular = ops.sqrt(ops.sum(ops.square(rotated), axis=1))
-    noise = _RANK_CUT[keras.backend.standardize_dtype(rows.dtype)] * ops.max(singular)
+    noise = _RANK_CUT[backend.dtype(rows)] * ops.max(singular)
     inverse = ops.where(singular <= noise, 0.0, 1.0 / singular)
-    slopes = ops.matmul(vectors * inverse, rotated)
-    return _shares(ops.sum(singular), [ops.reshape(slope, values[0].shape) for slope in ops.unstack(slopes)])
+    slopes = (vectors * inverse) @ rotated
+    return _shares(ops.sum(singular) / power, [ops.reshape(slope, values[0].shape) for slope in ops.unstack(slopes)])
 
 
 # Singular values below this part of the largest are rounding, and have the subgradient 0.
 _RANK_CUT = {"float32": 3e-5, "float64": 1e-13}
+
+
+def _power(values: Sequence[Tensor], exponent: int) -> Tensor:
+    """A power of two that brings the largest entry to 2**exponent, or at most 2**8 below it.
+
+    A norm is that of the values times a power of two, over that power, and both have one gradient. No bit changes, and
+    no square overflows or is lost. The powers are in a table, since compilers round what they compute.
+    """
+    dtype = backend.dtype(values[0])
+    info = np.finfo(dtype)
+    bounds = np.arange(info.minexp, info.maxexp + 8, 8)
+    powers = np.clip(exponent - bounds, info.minexp, -info.minexp)  # of normal numbers, and so is the inverse
+    extremes = [extreme for value in values for extreme in (ops.max(value), -ops.min(value))]
+    above = ops.max(ops.stack(extremes)) > ops.convert_to_tensor(np.exp2(bounds[:-1]), dtype)
+    return ops.take(ops.convert_to_tensor(np.exp2(powers), dtype), ops.sum(ops.cast(above, "int32")))
 
 
 def _shares(total: Tensor, slopes: Sequence[Tensor]) -> list[Share]:
@@ -133,10 +151,10 @@ def _over_rows(values: Sequence[Tensor], strengths: np.ndarray, terms: Term) -> 
     total, slopes = ops.zeros((), rows.dtype), []
     for i, row in enumerate(ops.unstack(rows)):
         with backend.after([total, *slopes[-1:]]):
-            strength = ops.convert_to_tensor(strengths[i], dtype=rows.dtype)
+            strength = ops.convert_to_tensor(strengths[i : i + 1], dtype=rows.dtype)
             value, slope = terms(row - rows)
             total = total + 0.5 * ops.sum(strength * value)
-            slopes.append(ops.reshape(ops.matmul(strength, slope), values[0].shape))
+            slopes.append(ops.reshape(strength @ slope, values[0].shape))
     return total, slopes
 
 

@@ -132,8 +132,9 @@ class PairwiseNorm(SoftTie):
     `PairwiseL1`.
 
     Where two members are equal the pair pulls neither of them (the subgradient 0), so nothing is ever divided by
-    zero. Steps along a subgradient come near to equality and then hop about it, by about learning rate times factor:
-    let the learning rate fall, and ask for `registry.spread()` against a tolerance.
+    zero. In float32 a difference counts as none below 1e-29 of the largest entry of the group. Steps along a
+    subgradient come near to equality and then hop about it, by about learning rate times factor: let the learning
+    rate fall, and ask for `registry.spread()` against a tolerance.
 
     It costs O(n²) time for a group of n, since every pair has a distance of its own, and O(n) memory.
 

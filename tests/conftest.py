@@ -56,6 +56,19 @@ def _seeded():
     keras.backend.clear_session(free_memory=False)  # collecting garbage would take as long as the test
 
 
+@pytest.fixture
+def doubles():
+    """JAX has float64 only where it is asked for."""
+    if BACKEND == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        yield
+        jax.config.update("jax_enable_x64", False)
+    else:
+        yield
+
+
 def bits(variable) -> bytes:
     """The variable's value, bit for bit."""
     return ops.convert_to_numpy(variable.value).tobytes()

@@ -361,19 +361,6 @@ def test_project_and_penalty_refuse_groups_of_the_other_kind():
     assert float(ops.convert_to_numpy(registry.penalty())) > 0.0
 
 
-@pytest.fixture
-def doubles():
-    """JAX has float64 only where it is asked for."""
-    if BACKEND == "jax":
-        import jax
-
-        jax.config.update("jax_enable_x64", True)
-        yield
-        jax.config.update("jax_enable_x64", False)
-    else:
-        yield
-
-
 @pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("rule", [MeanL2, PairwiseL2, PairwiseNorm, PairwiseL1, ChainL2, TraceNorm])
 def test_the_penalty_of_float64_members_is_float64(rule):
