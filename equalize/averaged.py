@@ -26,7 +26,7 @@ class Averaged(Rule, keras.regularizers.Regularizer):
             return self.inner(x)
         group, member = self._binding
         n = sum(not other.anchor for other in group.members)
-        if member.whole or n < 2:
+        if member.view is None or member.whole or n < 2:
             return self.inner(x) / max(n, 1)
         # What the view leaves free is no part of the group: it keeps its gradient, and the rest has a part of it.
         x = backend.tensor(x)

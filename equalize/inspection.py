@@ -20,12 +20,17 @@ class Inspection(Mapping[str, Group]):
     """The part of `equalize.GroupRegistry` that looks at groups: tables, pictures, findings, checks."""
 
     monitors: weakref.WeakSet[Any]
-    pending: list[str]
+    _pending: list[dict[str, Any]]
     _models: weakref.WeakSet[keras.Model]
 
     def select(self, names: Sequence[str]) -> list[Group]:
         """The groups of these names, or those of a tie of layers that has the name; all without a name."""
         raise NotImplementedError
+
+    @property
+    def pending(self) -> list[str]:
+        """The names of groups of a config that `link` has yet to make."""
+        return [entry["name"] for entry in self._pending]
 
     def spread(self) -> dict[str, float]:
         """The largest entry of max − min over the members of each group: 0.0 where they are equal."""

@@ -147,8 +147,9 @@ def _of_one_kind(one: Rule, other: Rule, member: Member) -> bool:
         return True
     if type(one) is not type(other) or one.common_config() != other.common_config():
         return False
-    inside = [effects.Effect(rule.inner) for rule in (one, other)]
-    return one.slot != "constraint" or effects.same(*inside, list(pulled_arrays([member])))
+    if one.slot != "constraint":
+        return True
+    return effects.same(effects.Effect(one.inner), effects.Effect(other.inner), list(pulled_arrays([member])))
 
 
 def _written(rule: Rule) -> str:

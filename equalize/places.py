@@ -40,15 +40,19 @@ def places_of(variables: Sequence[keras.Variable]) -> list[Places]:
     found: list[Places] = [[] for _ in variables]
     for kind in (keras.Model, keras.Layer):
         indices = {id(variable): index for index, variable in enumerate(variables) if not found[index]}
-        numbers: dict[str, int] = {}
+        roots = []
         for root in retracing.living(kind) if indices else ():
-            if any(id(weight) in indices for weight in root.weights):
+            held = sorted({indices[id(weight)] for weight in root.weights if id(weight) in indices})
+            if held:
                 weights = weights_by_place(root)
-                key = digest(weights)
-                numbers[key] = numbers.get(key, -1) + 1
-                for place, weight in weights.items():
-                    if id(weight) in indices:
-                        found[indices[id(weight)]].append((key, numbers[key], place))
+                roots.append((held, digest(weights), weights))
+        numbers: dict[str, int] = {}
+        # In the order of the variables that they hold; that in which objects are found is none.
+        for _, key, weights in sorted(roots, key=lambda root: root[:2]):
+            numbers[key] = numbers.get(key, -1) + 1
+            for place, weight in weights.items():
+                if id(weight) in indices:
+                    found[indices[id(weight)]].append((key, numbers[key], place))
     return found
 
 

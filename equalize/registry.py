@@ -244,11 +244,6 @@ class GroupRegistry(Inspection):
         made = persistence.group_configs([group for group in self.values() if not group.declared])
         return {"groups": made + copy.deepcopy(self._pending)}
 
-    @property
-    def pending(self) -> list[str]:
-        """The names of groups of a config that `link` has yet to make."""
-        return [entry["name"] for entry in self._pending]
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "GroupRegistry":
         """A registry with the ties of a config, which `link(model)` makes for a model of the same structure.

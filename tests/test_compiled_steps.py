@@ -5,6 +5,7 @@ for bit after each. The compiled programs are read, too: the common value of a g
 """
 
 import re
+from typing import Any
 
 import keras
 import numpy as np
@@ -84,7 +85,8 @@ def compiled_step(optimizer, variables, loss):
                 value = loss()
             optimizer.apply(tape.gradient(value, [variable.value for variable in variables]), variables)
 
-        return step, lambda: step.experimental_get_compiler_ir()(stage="optimized_hlo")
+        function: Any = step
+        return step, lambda: function.experimental_get_compiler_ir()(stage="optimized_hlo")
     import jax
 
     def pure(values, slots):
@@ -104,7 +106,7 @@ def compiled_step(optimizer, variables, loss):
             for variable, value in zip(held, new, strict=True):
                 variable.assign(value)
 
-    return step, lambda: jitted.lower(*state()).compile().as_text()
+    return step, lambda: str(jitted.lower(*state()).compile().as_text())
 
 
 def wavy(variables, random):

@@ -597,8 +597,7 @@ def test_a_step_with_the_sparse_gradients_of_embeddings_projects_once(count, mod
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adam"])
 def test_a_partial_tie_of_tables_pulls_once_a_step(optimizer):
-    start = np.float32([0.0, 8.0])
-    tables = [keras.Variable(np.full((6, 2), value, "float32"), name=f"table_{value:g}") for value in start]
+    tables = [keras.Variable(np.full((6, 2), value, "float32"), name=f"table_{value:g}") for value in (0.0, 8.0)]
     equalize.GroupRegistry().tie("tables", tables, Equal(rate=0.5))
     made = keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.0}})
     gradient = ops.ones((6, 2))

@@ -700,8 +700,8 @@ def group_that_lives_elsewhere():
 
 @message(
     """
-    The rules of group 'pair' disagree: expected Equal(rate=1.0, inner=None), set by 'left/kernel';
-    received Equal(rate=0.5, inner=None) from 'right/kernel'. Give all members the same rule, or another
+    The rules of group 'pair' disagree: expected Equal(rate=1.0, inner=none), set by 'left/kernel';
+    received Equal(rate=0.5, inner=none) from 'right/kernel'. Give all members the same rule, or another
     group name.
     Members:
         'left/kernel' (4, 3) float32
@@ -1026,8 +1026,8 @@ def two_anchors():
 @message(
     """
     Cannot tie 'left/kernel' into group 'pair': it has the constraint NonNeg already, and the rule
-    brings MaxNorm as `inner`. Expected: one of the two. Leave `inner` out to keep what the variable
-    has, or set `variable.constraint = None` first.
+    brings MaxNorm(max_value=2, axis=0) as `inner`. Expected: one of the two. Leave `inner` out to keep
+    what the variable has, or set `variable.constraint = None` first.
     """
 )
 def constraint_beside_an_inner_one():
@@ -1037,8 +1037,9 @@ def constraint_beside_an_inner_one():
 
 @message(
     """
-    Cannot tie 'right/kernel' into group 'pair': expected the constraint NonNeg, which the first member
-    has; received none. One common value can obey one constraint: give all members the same, or none.
+    Cannot tie 'right/kernel' into group 'pair': expected a constraint that does what NonNeg of the
+    first member does; received none, which does something else to the common value. One common value
+    can obey one constraint: give all members the same, as their views show it, or none.
     Members:
         'left/kernel' (4, 3) float32: NonNeg
         'right/kernel' (4, 3) float32: none
@@ -1627,14 +1628,14 @@ def optimizer_with_settings_that_differ():
     `tie` was called while Keras infers shapes or traces a step, where variables have no values.
     Expected: a model that is built. Call `tie` after `model.build(...)`, or after the first call on
     data.
-    """,
-    on="jax",
+    """
 )
-def tie_in_a_traced_step():
-    import jax
+def tie_where_shapes_are_inferred():
+    from keras.src.backend.common.symbolic_scope import SymbolicScope
 
     registry, (left, right) = tied()
-    jax.jit(lambda: registry.tie("other", [left.bias, right.bias], Equal()) and 0)()
+    with SymbolicScope():
+        registry.tie("other", [left.bias, right.bias], Equal())
 
 
 @message(
@@ -2031,6 +2032,17 @@ def sharing_of_layers_that_hold_each_others_weights():
 def sharing_of_what_differs():
     left, right = dense("left"), dense("right", units=2)
     equalize.share(left[0].kernel, right[0].kernel)
+
+
+@message(
+    """
+    Cannot share 'left/kernel' with the owner of 'right/kernel': expected constraint NonNeg, received
+    none. One variable has one constraint: make the two agree first.
+    """
+)
+def sharing_under_constraints_that_differ():
+    (left,), (right,) = dense("left", kernel_constraint="non_neg"), dense("right")
+    equalize.share(left.kernel, right.kernel)
 
 
 @message(

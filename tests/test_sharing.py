@@ -197,8 +197,8 @@ def test_a_frozen_layer_and_a_trained_one_share_nothing():
     [
         ({"units": 3}, {"units": 4}, r"shape \(5, 3\), received \(5, 4\)"),
         ({"dtype": "float32"}, {"dtype": "bfloat16"}, "dtype float32, received bfloat16"),
-        ({}, {"kernel_constraint": "non_neg"}, "constraint None, received"),
-        ({"kernel_regularizer": "l2"}, {}, "regularizer .*L2.* received None"),
+        ({}, {"kernel_constraint": "non_neg"}, "constraint none, received"),
+        ({"kernel_regularizer": "l2"}, {}, "regularizer .*L2.* received none"),
     ],
 )
 def test_variables_that_do_not_fit_are_refused_and_nothing_changes(one, two, what):
