@@ -33,7 +33,7 @@ def _tensorflow(variable: keras.Variable, value: Tensor, awaited: bool) -> Watch
 
         def eagerly(variable: keras.Variable) -> Tensor | None:
             now = None if tf.inside_function() else read(variable)
-            return now if now is not None and (_address(now) == _address(value) or _same_bits(now, value)) else None
+            return now if now is not None and _is(now, value, variable) else None
 
         return eagerly
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
@@ -75,10 +75,14 @@ def _unknown(variable: keras.Variable) -> None:
     return None
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:
+    """Whether a value just read is the one of then: in the same buffer, or where each read is a copy, with its bits."""
     import tensorflow as tf
 
-    return bool(tf.reduce_all(_integers(one) == _integers(other)))
+    if _address(now) == _address(then):
+        return True
+    copied = _address(read(variable)) != _address(now)
+    return copied and bool(tf.reduce_all(_integers(now) == _integers(then)))
 
 
 def _address(value: Tensor) -> int:

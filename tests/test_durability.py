@@ -184,13 +184,12 @@ def test_a_copy_of_a_model_tied_by_tie_is_untied_and_a_tied_optimizer_goes_with_
         model.save(tmp_path / "model.keras")
         copies = [keras.models.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)]
         copies[1].compile(momentum(), "mse")
-        if isinstance(optimizer, equalize.optimizers.TiedOptimizer):
-            (group,) = copies[0].optimizer.registry.link(copies.pop(0)).values()
-            assert (group.name, len(group.members)) == ("towers", 2)
-        for other in copies:  # which is why the docs of `tie` say it: nothing can see what is not there
+        for other in copies:  # a `TiedOptimizer` is copied with the model, and links itself
             other.fit(*data(), verbose=0)
-            assert not bitwise_equal(*kernels(other))
-            train(other, equalize.GroupRegistry.from_config(registry.get_config()).link(other))
+            tied = isinstance(optimizer, equalize.optimizers.TiedOptimizer)
+            assert bitwise_equal(*kernels(other)) == tied
+            if not tied:  # which is why the docs of `tie` say it: nothing can see what is not there
+                train(other, equalize.GroupRegistry.from_config(registry.get_config()).link(other))
 
 
 def test_a_clone_is_tied_apart_from_the_original():
@@ -393,7 +392,7 @@ def load_without_equalize(file, expected):
     model = keras.models.load_model(file)
     x, y = data()
     prediction = model.predict(x, verbose=0)
-    assert prediction.tobytes() == pathlib.Path(expected).read_bytes()
+    np.testing.assert_allclose(prediction, np.load(expected), rtol=1e-5)  # by other threads, so in another order
     model.fit(x, y, verbose=0)
 
 
@@ -402,9 +401,9 @@ def test_a_model_that_was_untied_loads_where_equalize_is_not_installed(tmp_path)
     train(model, registry, epochs=1)
     registry.untie()
     model.save(tmp_path / "model.keras")
-    (tmp_path / "expected").write_bytes(model.predict(data()[0], verbose=0).tobytes())
+    np.save(tmp_path / "expected.npy", model.predict(data()[0], verbose=0))
     # The tests' own modules need equalize, so this function's source runs by itself.
     source = inspect.getsource(load_without_equalize) + inspect.getsource(data)
-    call = f"load_without_equalize({str(tmp_path / 'model.keras')!r}, {str(tmp_path / 'expected')!r})"
-    imports = "import pathlib, sys; import keras; import numpy as np\n"
+    call = f"load_without_equalize({str(tmp_path / 'model.keras')!r}, {str(tmp_path / 'expected.npy')!r})"
+    imports = "import sys; import keras; import numpy as np\n"
     subprocess.run([sys.executable, "-W", "ignore", "-c", f"{imports}{source}\n{call}"], check=True, cwd=tmp_path)
