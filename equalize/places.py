@@ -38,14 +38,15 @@ Places = list[tuple[str, int, str]]
 def places_of(variables: Sequence[keras.Variable]) -> list[Places]:
     """The places of variables in the living models that hold them; for those in no model, in the layers that do."""
     found: list[Places] = [[] for _ in variables]
-    for kind in (keras.Model, keras.Layer):
+    layers = retracing.living(keras.Layer) if variables else []
+    for models in (True, False):
         indices = {id(variable): index for index, variable in enumerate(variables) if not found[index]}
         roots = []
-        for root in retracing.living(kind) if indices else ():
-            held = sorted({indices[id(weight)] for weight in root.weights if id(weight) in indices})
+        for root in layers if indices else ():
+            held = isinstance(root, keras.Model) == models and {id(weight) for weight in root.weights} & indices.keys()
             if held:
                 weights = weights_by_place(root)
-                roots.append((held, digest(weights), weights))
+                roots.append((sorted(indices[key] for key in held), digest(weights), weights))
         numbers: dict[str, int] = {}
         # In the order of the variables that they hold; that in which objects are found is none.
         for _, key, weights in sorted(roots, key=lambda root: root[:2]):

@@ -4,6 +4,7 @@ Each value is either taken, and then what was made is sound, or refused with an 
 says something, and then nothing has changed. A public name that is not called here fails the first test.
 """
 
+import copy
 import decimal
 import fractions
 import functools
@@ -70,6 +71,12 @@ class World:
         optimizer = optimizers.TiedOptimizer("sgd", self.registry)
         optimizer.build(self.model.trainable_variables)
         return optimizer
+
+    @functools.cached_property
+    def configs(self):
+        """The configs of the optimizer and of its registry, which look for all living models and so take their time."""
+        config = self.built.get_config()
+        return {"optimizer": config, "registry": config["registry"]["config"]}
 
 
 class Unprintable:
@@ -280,7 +287,10 @@ CALLS = {
     ),
     "GroupRegistry.plot": (drawing(lambda w: w.registry.plot), lambda w: {"path": "ties.svg"}),
     "GroupRegistry.select": (of(lambda w: w.registry.select), lambda w: {"names": ["hard"]}),
-    "GroupRegistry.from_config": (equalize.GroupRegistry.from_config, lambda w: {"config": w.registry.get_config()}),
+    "GroupRegistry.from_config": (
+        equalize.GroupRegistry.from_config,
+        lambda w: {"config": copy.deepcopy(w.configs["registry"])},
+    ),
     "Member": (equalize.Member, lambda w: {"variable": w.e, "view": Transpose(), "weight": 2.0}),
     "callbacks.FactorSchedule": (
         callbacks.FactorSchedule,
@@ -304,7 +314,7 @@ CALLS = {
     ),
     "optimizers.TiedOptimizer.from_config": (
         optimizers.TiedOptimizer.from_config,
-        lambda w: {"config": w.built.get_config()},
+        lambda w: {"config": copy.deepcopy(w.configs["optimizer"])},
     ),
     "regularizers.ChainL2": soft(regularizers.ChainL2),
     "regularizers.MeanL2": soft(MeanL2),
