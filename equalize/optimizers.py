@@ -136,7 +136,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         if models:
             try:
                 with backend.eagerly():  # the first step may be traced
-                    self.registry.link_built([min(models, key=lambda model: len(model.weights))])
+                    self.registry._link([min(models, key=lambda model: len(model.weights))])
             except EqualizeError as error:  # shown when training starts: the model may be loaded for other purposes
                 self._problem = error
 

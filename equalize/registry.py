@@ -76,9 +76,9 @@ class GroupRegistry(Inspection):
         """
         arguments.option("initial", initial, _INITIAL)
         _require_values("link")
-        return self.link_built(models, initial)
+        return self._link(models, initial)
 
-    def link_built(self, models: Sequence[keras.Layer], initial: str = "first") -> "GroupRegistry":
+    def _link(self, models: Sequence[keras.Layer], initial: str = "first") -> "GroupRegistry":
         """Links models as `link` does; their variables must have values, also where Keras infers shapes at the time."""
         restored = planning.restore(self, self._pending, models, initial)
         found = discovery.find_groups(models, ruleless=bool(restored))

@@ -438,18 +438,6 @@ def test_a_member_that_is_frozen_later_holds_the_group(frozen):
     registry.check()
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="an optimizer loses writes to variables of others on JAX only")
-def test_a_member_that_the_step_cannot_reach_is_an_error():
-    model, _, optimizer = tied_towers(3)
-    part = kernels(model)[:2]
-    optimizer.build(part)
-    values = [variable.value for variable in part]
-    before = [bits(variable) for variable in kernels(model)]
-    with pytest.raises(EqualizeError, match="cannot reach its member 'tower_2/kernel'"):
-        optimizer.stateless_apply([variable.value for variable in optimizer.variables], values, values)
-    assert [bits(variable) for variable in kernels(model)] == before
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
