@@ -488,8 +488,7 @@ def test_all_junk_is_tried_somewhere():
 @pytest.mark.parametrize("name", CALLS)
 def test_a_bad_argument_is_an_error_that_changes_nothing(name):
     tried = try_all(name, lambda key, place: sample_of(name, key, place))
-    assert tried.cases > 0
-    assert tried.taken < tried.cases
+    assert 0 <= tried.taken < tried.cases
 
 
 @pytest.mark.slow
@@ -498,7 +497,7 @@ def test_a_bad_argument_is_an_error_that_changes_nothing(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_every_bad_argument_in_every_place_is_an_error_that_changes_nothing(name):
     tried = try_all(name, lambda key, place: JUNK)
-    assert 0 < tried.taken < tried.cases
+    assert 0 <= tried.taken < tried.cases  # a path of a picture, say, is never taken
 
 
 @pytest.mark.parametrize("name", CALLS)
