@@ -138,8 +138,8 @@ def function(name: str, value: Any, meaning: str) -> Any:
     return value
 
 
-def variables(name: str, value: Any) -> list[keras.Variable]:
-    """Variables, as a list.
+def variables(name: str, value: Any, *, raw: bool = False) -> list[keras.Variable]:
+    """Variables, as a list; with `raw` also TensorFlow's own, which Keras's optimizers take.
 
     Raises:
         TypeError: Something else is given.
@@ -148,7 +148,7 @@ def variables(name: str, value: Any) -> list[keras.Variable]:
         found, problem = _listed(value), None
     except Exception as error:  # a symbolic tensor raises what is no `TypeError`
         found, problem = [value], error
-    if not all(backend.is_variable(variable) for variable in found):
+    if not all(backend.is_variable(each) or (raw and backend.is_raw_variable(each)) for each in found):
         raise TypeError(f"`{name}` must be a list of `keras.Variable`s. Received: {received(value)}.") from problem
     return found
 

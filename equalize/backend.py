@@ -87,6 +87,15 @@ def is_variable(x: Any) -> bool:
     return isinstance(x, Variable)
 
 
+def is_raw_variable(x: Any) -> bool:
+    """Whether something is a `tf.Variable`, where that is the backend's."""
+    if _BACKEND != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return isinstance(x, tf.Variable)
+
+
 def dtype(x: keras.Variable | Tensor) -> str:
     """The name of the dtype of a variable or a tensor, as Keras spells it."""
     return keras.backend.standardize_dtype(x.dtype)
@@ -105,6 +114,19 @@ def read(variable: keras.Variable) -> Tensor:
     """The variable's value in its own dtype, as a native tensor that carries no gradient."""
     value = tensor(variable)
     return value.detach() if _BACKEND == "torch" else value
+
+
+def live(variable: keras.Variable) -> Tensor:
+    """What the variable holds whenever the step runs that is traced here, and that does not carry it.
+
+    A step that JAX compiles would keep the value of now, so it calls back for it: a copy of the value for each step.
+    """
+    if not tracing():
+        return read(variable)
+    import jax
+
+    shape = jax.ShapeDtypeStruct(tuple(variable.shape), dtype(variable))
+    return jax.pure_callback(lambda: array(variable.value), shape)
 
 
 def concrete(variable: keras.Variable) -> np.ndarray | None:

@@ -4,18 +4,20 @@
 strongly a group is tied from epoch to epoch.
 """
 
+import functools
 import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from equalize import arguments, plotting, retracing
+from equalize import arguments, backend, nesting, plotting, retracing
 from equalize.arguments import received
-from equalize.diagnosis import from_outside_in
+from equalize.constraints import Equal, asymmetry, has_invariant
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.groups import Group
 from equalize.optimizers import TiedOptimizer
@@ -41,25 +43,32 @@ class TieMonitor(keras.callbacks.Callback):
     are; link what is loaded from them with `initial="mean"`.
 
     Under `equalize.optimizers.TiedOptimizer` averages end equal by themselves. `SwapEMAWeights` swaps one member of
-    each group there, and the monitor gives the others the same, if it comes after it in the list of callbacks.
+    each group there, and the monitor gives the others the same, for which it must come after it in the list of
+    callbacks.
+
+    Averages of a kernel that `equalize.constraints.Invariant` keeps are not invariant, for the same reason, and the
+    same repair is exact. It is made for all such kernels of the model, tied or not; a registry may be empty for that.
 
     Partial and soft groups are only logged. A group with an anchor takes the anchor's value.
 
     Args:
         registry: The `equalize.GroupRegistry` that the model is linked by.
-        atol: The largest spread at which a hard group counts as equal. 0.0 asks for equal bits.
-        repair: Whether hard groups that are not equal when training ends are made equal, to their mean. If False,
-            a `UserWarning` names them.
+        atol: The largest spread at which a hard group counts as equal, and the largest change by their symmetry at
+            which `Invariant` kernels count as invariant. 0.0 asks for equal bits.
+        repair: Whether hard groups that are not equal when training ends are made equal, to their mean, and
+            `Invariant` kernels invariant. If False, a `UserWarning` names them.
 
     Attributes:
         history: The spread of each group after every epoch of the last training, by name.
         broken: The hard groups that were not equal when the last training ended, by name, with the spread that each
-            had then: before the repair, where there was one. Empty where all were equal.
+            had then: before the repair, where there was one; likewise `Invariant` kernels, by path, with how far
+            they were from being invariant. Empty where all was as it should be.
 
     Raises:
         TypeError: `registry` is no registry, `atol` no number or `repair` no bool.
-        EqualizeError: `atol` is negative or not finite.
-        NotLinkedError: Training starts and the registry has no group in the model.
+        EqualizeError: `atol` is negative or not finite; or a run starts under a `TiedOptimizer`, and the monitor
+            comes before `SwapEMAWeights`.
+        NotLinkedError: Training starts, and the model has neither a group of the registry nor an `Invariant` kernel.
 
     Example:
     >>> import keras, numpy as np, equalize
@@ -91,20 +100,30 @@ class TieMonitor(keras.callbacks.Callback):
         self.broken, self.history = {}, {}
         trained = {id(variable) for variable in self.model.variables}
         members = [member for group in self.registry.values() for member in group.members]
-        if not any(id(member.variable) in trained for member in members):
+        invariant = any(has_invariant(variable.constraint) for variable in self.model.trainable_variables)
+        if not invariant and not any(id(member.variable) in trained for member in members):
             raise NotLinkedError(
                 f"TieMonitor has nothing to watch in the model '{self.model.name}': expected a registry with a group "
                 f"in it, received {self.registry!r}. A model that was loaded or cloned has ties of its own: call "
                 "`registry = equalize.GroupRegistry().link(model)` and give the monitor that registry."
             )
+        self._require_order()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._follow()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._require_order()
         self._follow()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._follow()
+
+    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._require_order()
+        self._follow()
+
+    def on_predict_end(self, logs: dict[str, Any] | None = None) -> None:
         self._follow()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -118,20 +137,64 @@ class TieMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # `fit` calls `optimizer.finalize_variable_values` before this on all backends (Keras 3.5 and 3.15).
         hard = {name: spread for name, spread in self._spread().items() if self.registry[name].hard}
-        self.broken = {name: spread for name, spread in hard.items() if not spread <= self.atol}
-        if not self.broken:
-            return
+        unequal = {name: spread for name, spread in hard.items() if not spread <= self.atol}
+        if self.repair and unequal:
+            self.registry.sync("mean", *unequal)
+        lopsided = self._lopsided()
+        self.broken = unequal | {subject: off for subject, (off, _) in lopsided.items()}
         if self.repair:
-            self.registry.sync("mean", *self.broken)
-            return
-        listed = ", ".join(f"'{name}' (spread {spread:g})" for name, spread in self.broken.items())
-        warnings.warn(
-            f"Hard groups that are not equal at the end of training: {len(self.broken)} of {len(hard)}; expected a "
-            f"spread of at most {self.atol:g}, received: {listed}. Averaging of weights (`use_ema`) does this. Give "
-            'TieMonitor `repair=True`, or call `registry.sync("mean")`, which is exact.',
-            UserWarning,
-            stacklevel=2,
-        )
+            for _, project in lopsided.values():
+                project()
+        elif self.broken:
+            listed = ", ".join(f"'{name}' (spread {spread:g})" for name, spread in unequal.items())
+            groups = (
+                f"Hard groups that are not equal at the end of training: {len(unequal)} of {len(hard)}; expected a "
+                f"spread of at most {self.atol:g}, received: {listed}. "
+            )
+            listed = ", ".join(f"'{subject}' (off by {off:g})" for subject, (off, _) in lopsided.items())
+            kernels = f"Kernels that are not as their `Invariant` has them at the end of training: {listed}. "
+            warnings.warn(
+                f"{groups if unequal else ''}{kernels if lopsided else ''}Averaging of weights (`use_ema`) does this. "
+                'Give TieMonitor `repair=True`, or call `registry.sync("mean")`, which is exact.',
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _lopsided(self) -> dict[str, tuple[float, Callable[[], Any]]]:
+        """What an `Invariant` keeps and is not invariant, by group or path: how far off, and how to project it."""
+        found: dict[str, tuple[float, Callable[[], Any]]] = {}
+        for variable in self.model.trainable_variables:
+            constraint, value = variable.constraint, backend.tensor(variable)
+            if not has_invariant(constraint):
+                continue
+            subject, project = variable.path, functools.partial(_project, variable)
+            if isinstance(constraint, Equal):
+                group, member = constraint.bound_group, constraint.bound_member
+                if group is None or not group.hard:
+                    continue
+                subject, project, value = group.name, group.project, member.pull(value)
+            off = asymmetry(constraint, value)
+            if not off <= self.atol:
+                found.setdefault(subject, (off, project))
+        return found
+
+    def _require_order(self) -> None:
+        """Raises where `SwapEMAWeights` comes later and so would write to one member of a group after this."""
+        callbacks = _running_callbacks() if any(self._averaging()) else []
+        after = callbacks[callbacks.index(self) :] if self in callbacks else []
+        if any(isinstance(callback, keras.callbacks.SwapEMAWeights) for callback in after):
+            raise EqualizeError(
+                "TieMonitor comes before SwapEMAWeights in the list of callbacks. Expected: after it, to give all "
+                "members what that wrote to one member of each group of a TiedOptimizer; received: "
+                f"{[type(callback).__name__ for callback in callbacks]}. Write "
+                "`callbacks=[keras.callbacks.SwapEMAWeights(), TieMonitor(registry)]`."
+            )
+
+    def _averaging(self) -> Iterator[TiedOptimizer]:
+        """The optimizers of the model that keep averages of one member in place of all."""
+        for optimizer in nesting.everything(getattr(self.model, "optimizer", None)):
+            if isinstance(optimizer, TiedOptimizer) and optimizer.averages:
+                yield optimizer
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws how far apart the members of each group were after every epoch of the last training.
@@ -148,8 +211,8 @@ class TieMonitor(keras.callbacks.Callback):
 
     def _follow(self) -> None:
         """Under a TiedOptimizer, gives all members what `SwapEMAWeights` wrote to one."""
-        for optimizer in from_outside_in(getattr(self.model, "optimizer", None)):
-            if isinstance(optimizer, TiedOptimizer) and optimizer.built and optimizer.averages:
+        for optimizer in self._averaging():
+            if optimizer.built:
                 self._take_back()
                 optimizer.follow()
 
@@ -162,6 +225,21 @@ class TieMonitor(keras.callbacks.Callback):
         """During an epoch on JAX the weights are in the compiled step, not in the model."""
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
+
+
+def _project(variable: keras.Variable) -> None:
+    variable.assign(variable.constraint(backend.tensor(variable)))
+
+
+def _running_callbacks() -> list[keras.callbacks.Callback]:
+    """The callbacks of the run that has called one of them, in their order; Keras tells none of the others."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return list(caller.callbacks)
+        frame = frame.f_back
+    return []
 
 
 class FactorSchedule(keras.callbacks.Callback):

@@ -6,8 +6,10 @@ from typing import Any
 
 import keras
 
+from equalize import nesting, retracing
 from equalize.arguments import counted
 from equalize.binding import own_regularizer, rules_on
+from equalize.constraints import has_invariant
 from equalize.effects import Effect, described, same
 from equalize.groups import Group, pulled_arrays
 from equalize.rules import Rule
@@ -64,9 +66,10 @@ def findings(
     found = [*_pending(pending), *_unequal(groups), *_lost(groups), *_regularized(groups)]
     for model in models:
         found += _undone(model)
-        parts = _parts(getattr(model, "optimizer", None))
+        parts = nesting.parts(getattr(model, "optimizer", None))
         if not parts:
             continue
+        found += [*_swapped(model), *([] if monitored else _invariant(model, parts))]
         own = {id(weight) for weight in model.weights}
         as_one = {id(group) for part in parts for optimizer in part for group in _updated_as_one(optimizer)}
         for group in groups:
@@ -82,13 +85,6 @@ def _updated_as_one(optimizer: Any) -> list[Group]:
     if not hasattr(optimizer, "registry"):
         return []
     return optimizer.groups if optimizer.built else [group for group in optimizer.registry.values() if group.hard]
-
-
-def _parts(optimizer: Any) -> list[list[Any]]:
-    """The optimizers that update variables, one or those of a `MultiOptimizer`, each with those around it first."""
-    nested = from_outside_in(optimizer)
-    several = getattr(nested[-1], "optimizers", None) if nested else ()
-    return [nested] if several is None else [nested[:-1] + part for inner in several for part in _parts(inner)]
 
 
 def _trained_by(parts: Sequence[Sequence[Any]], variables: Sequence[keras.Variable]) -> list[tuple[Any, Any]]:
@@ -160,6 +156,7 @@ def _undone(model: keras.Model) -> Iterator[Finding]:
         if getattr(layer, "lora_enabled", False):
             yield from _under_lora(layer)
             continue
+        yield from _handed_on(layer)
         present = {(type(rule), rule.group): rule for weight in layer.weights for rule in rules_on(weight)}
         for rule in vars(layer).values():
             if not isinstance(rule, Rule) or not layer.built:
@@ -181,6 +178,21 @@ def _undone(model: keras.Model) -> Iterator[Finding]:
                     f"{rule.describe()} of group '{rule.group}' is not linked.",
                     "Call `registry.link(model)`.",
                 )
+
+
+def _handed_on(layer: keras.Layer) -> Iterator[Finding]:
+    """Rules that a layer passes on to several weights: a `MultiHeadAttention` to those of all its projections."""
+    rules = [(type(rule), rule.group) for rule in vars(layer).values() if isinstance(rule, Rule)]
+    for kind, name in dict.fromkeys(rules):
+        tied = [w for w in layer.weights if any((type(rule), rule.group) == (kind, name) for rule in rules_on(w))]
+        if len(tied) > rules.count((kind, name)):
+            yield Finding(
+                "handed_on",
+                layer.name,
+                f"the layer gives one {kind.__name__} to several weights, and so ties them to each other "
+                f"({', '.join(repr(weight.path) for weight in tied)}).",
+                "If that is not meant, leave the rule out of the layer and tie weights with `registry.tie`.",
+            )
 
 
 def _under_lora(layer: keras.Layer) -> Iterator[Finding]:
@@ -237,6 +249,36 @@ def _about_optimizers(group: Group, trained: Sequence[tuple[Any, Any]], *, monit
         )
 
 
+def _swapped(model: keras.Model) -> Iterator[Finding]:
+    """Groups of which `SwapEMAWeights` would swap one member, with nobody to tell the others."""
+    tied = [optimizer for optimizer in nesting.everything(model.optimizer) if hasattr(optimizer, "registry")]
+    alone = [optimizer for optimizer in tied if optimizer.averages and not optimizer.registry.monitors]
+    swaps = retracing.living(keras.callbacks.SwapEMAWeights) if alone else []
+    if any(swap.model in (None, model) for swap in swaps):
+        for group in (group for optimizer in alone for group in _updated_as_one(optimizer)):
+            yield Finding(
+                "ema",
+                group.name,
+                "`SwapEMAWeights` writes the averages of a `TiedOptimizer` over one member of the group, so what is "
+                "evaluated is half averaged.",
+                "Train with `callbacks=[keras.callbacks.SwapEMAWeights(), equalize.callbacks.TieMonitor(registry)]`.",
+            )
+
+
+def _invariant(model: keras.Model, parts: Sequence[Sequence[Any]]) -> Iterator[Finding]:
+    """Kernels whose averages are not invariant."""
+    kept = [variable for variable in model.trainable_variables if has_invariant(variable.constraint)]
+    for optimizer, variables in _trained_by(parts, kept):
+        for variable in variables if optimizer.use_ema else ():
+            yield Finding(
+                "ema",
+                variable.path,
+                "`use_ema` writes averages over the kernel at the end of `fit`, which are not as its `Invariant` has "
+                "them.",
+                "Train with `callbacks=[equalize.callbacks.TieMonitor(registry)]`; the registry may be empty.",
+            )
+
+
 def _out_of_reach(group: Group, optimizer: Any, moving: Sequence[keras.Variable]) -> Iterator[Finding]:
     """Members that the optimizer of a model does not carry on JAX, once it is built."""
     known = {id(variable) for variable in optimizer._trainable_variables}
@@ -248,11 +290,3 @@ def _out_of_reach(group: Group, optimizer: Any, moving: Sequence[keras.Variable]
             "not all members are trained by the optimizer of this model, and on JAX it reaches no other variable.",
             "Train all members with one optimizer, or apply the optimizers inside one `keras.StatelessScope`.",
         )
-
-
-def from_outside_in(optimizer: Any) -> list[Any]:
-    """An optimizer and those inside it; empty for what is no Keras optimizer."""
-    nested = [optimizer]
-    while hasattr(nested[-1], "inner_optimizer"):
-        nested.append(nested[-1].inner_optimizer)
-    return nested if isinstance(nested[-1], keras.optimizers.Optimizer) else []

@@ -23,7 +23,7 @@ class Evaluation:
 
     def __init__(self, rule: Any, members: Sequence[Member], shares: Callable[[Sequence[Tensor]], Sequence[Share]]):
         stored = [read(member.variable) for member in members]
-        pulled = [member.pull(value) for member, value in zip(members, stored, strict=True)]
+        pulled = [member.pull(member.read()) for member in members]
         values = [ops.stop_gradient(projections.widen(value)) for value in pulled]
         self._shares = dict(zip(members, shares(values), strict=True))
         self._open = {member for member in members if not member.anchor}

@@ -333,9 +333,9 @@ class Group:
         value = anchor.recall()
         if value is None:
             raise EqualizeError(
-                f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: on JAX this "
-                "step does not see it. Expected: a step that computes the losses of the model, as `fit` does and "
-                "`model.stateless_call(..., return_losses=True)`, and then applies the optimizer; or one that runs "
+                f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: a stateless "
+                "step sees only what it is given. Expected: a step that computes the losses of the model, as `fit` and "
+                "`model.stateless_call(..., return_losses=True)` do, and then applies the optimizer; or one that runs "
                 "the optimizer in a `keras.StatelessScope` over all variables of the model."
             )
         return value
@@ -349,10 +349,10 @@ class Group:
                 seen = ", ".join(str(m) for m in members if backend.visible(m.variable))
                 raise EqualizeError(
                     f"Group '{self.name}' cannot reach its member {member} in this step. Expected: a step "
-                    f"over all members; it sees: {seen}. On JAX an optimizer or a loss carries only the variables that "
-                    "it was given, and a change of any other is lost. Train all members with one optimizer in one "
-                    "model, or apply the optimizers inside one `keras.StatelessScope` that is given the variables of "
-                    "all."
+                    f"over all members; it sees: {seen}. A stateless step of an optimizer or a loss carries only the "
+                    "variables that it was given, and a change of any other is lost. Train all members with one "
+                    "optimizer in one model, or apply the optimizers inside one `keras.StatelessScope` that is given "
+                    "the variables of all."
                 )
 
     def _require_values(self, members: Sequence[Member]) -> None:

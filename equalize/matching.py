@@ -15,7 +15,7 @@ from equalize.members import Member
 from equalize.rules import Rule
 
 
-def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rule]) -> None:
+def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rule], *, declared: bool = False) -> None:
     """Raises `GroupMismatchError` unless the members can be one group: enough, distinct, of one shape, dtype, rule."""
     _require_distinct(name, members)
     for member in members:
@@ -28,7 +28,13 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
         ):
             if expected != received:
                 fix = f"Tie variables of one {what}."
-                if what == "shape" and expected == received[::-1]:
+                if declared and sum(each is rule for each in member_rules) > 1:
+                    fix = (
+                        "One rule was given to several weights, as a `MultiHeadAttention` hands its constraint to all "
+                        f"its projections. Leave {rule.describe()} out of the layer, and tie the weights that you "
+                        f"mean: `registry.tie({name!r}, [...], {rule.describe()})`."
+                    )
+                elif what == "shape" and expected == received[::-1]:
                     fix = "Give it a view, for instance equalize.views.Transpose()."
                 raise GroupMismatchError(
                     f"Cannot tie '{member.path}' into group '{name}': expected {what} {expected}, set by "

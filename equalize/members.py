@@ -79,13 +79,19 @@ class Member:
         """Whether the member never moves: it is a constant, or not trainable."""
         return not self.variable.trainable
 
+    def read(self) -> Tensor:
+        """The value that a step sees; of a variable that is in no model of the step, what it holds at that time."""
+        if self.constant or backend.visible(self.variable):
+            return backend.read(self.variable)
+        return backend.live(self.variable)
+
     def sight(self) -> None:
         """Remembers the value that the loss of a step sees, for the scope of its optimizer, which does not carry it."""
-        self._sighting = _Sighting(backend.read(self.variable)) if backend.visible(self.variable) else None
+        self._sighting = _Sighting(self.variable)
 
     def recall(self) -> Tensor | None:
         """The value that `sight` saw, where that was in the step that the current scope belongs to."""
-        return None if self._sighting is None else self._sighting.serve(in_fit=backend.purged(self.variable))
+        return None if self._sighting is None else self._sighting.serve(self.variable)
 
     @property
     def common_shape(self) -> tuple[int, ...]:
@@ -140,19 +146,23 @@ class _Sighting:
     """A value that the loss of a step saw. It serves one scope, that of the step's optimizer, and no later one.
 
     JAX itself refuses the placeholder of one trace in another. A concrete value says nothing of its step, so one
-    that was seen outside a trace must not be compiled into a step, where it would stay for good.
+    that was seen outside a trace must not be compiled into a step, where it would stay for good. A variable that the
+    loss does not carry is in no model of the step, so nobody but the variable knows its value.
     """
 
-    def __init__(self, value: Tensor):
-        self._value = weakref.ref(value)
+    def __init__(self, variable: keras.Variable):
+        self._value = weakref.ref(backend.read(variable)) if backend.visible(variable) else None
         self._tracing = backend.tracing()
         self._scope: weakref.ref[Any] | None = None
 
-    def serve(self, *, in_fit: bool) -> Tensor | None:
+    def serve(self, variable: keras.Variable) -> Tensor | None:
         """The value, if the scope that asks is the first to and may know it."""
+        in_fit = backend.purged(variable)
         scope = backend.current_scope()
         if self._scope is None:
             self._scope = weakref.ref(scope)
         # `fit` never compiles an optimizer apart from its loss; eagerly, loss scaling still has JAX trace it.
         one_step = in_fit or self._tracing == backend.tracing()
-        return self._value() if one_step and self._scope() is scope else None
+        if not one_step or self._scope() is not scope:
+            return None
+        return backend.live(variable) if self._value is None else self._value()

@@ -5,9 +5,8 @@ from typing import Any
 
 import keras
 
-from equalize import arguments, backend, binding, configs, leading, matching, retracing
+from equalize import arguments, backend, binding, configs, leading, matching, nesting, retracing
 from equalize.arguments import received
-from equalize.diagnosis import from_outside_in
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.groups import Group
 from equalize.leading import Lead
@@ -18,6 +17,41 @@ __all__ = ["TiedOptimizer"]
 
 _REDUCTIONS = ("sum", "mean")
 _KEYS = {"name", "inner_optimizer", "registry", "reduction", "handed"}
+
+
+def _of_inner(name: str) -> Any:
+    """A setting that Keras and its callbacks ask an optimizer for: the inner one's, which the base class cannot set."""
+
+    def get(self: Any) -> Any:
+        return getattr(self.__dict__["inner_optimizer"], name) if "inner_optimizer" in self.__dict__ else None
+
+    def change(self: Any, value: Any) -> None:
+        if "inner_optimizer" in self.__dict__:
+            setattr(self.inner_optimizer, name, value)
+
+    return property(get, change, doc=f"The inner optimizer's `{name}`, which can be set.")
+
+
+class _Built:
+    """What slots were made for. It is no list of the optimizer's, which TensorFlow would track.
+
+    Attributes:
+        variables: All variables that are trained.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable]):
+        self.variables = list(variables)
+        self._indices = {id(variable): index for index, variable in enumerate(variables)}
+
+    def indices(self, variables: Sequence[keras.Variable]) -> list[int]:
+        """The places of variables among those that are trained."""
+        unknown = [getattr(v, "path", v.name) for v in variables if id(v) not in self._indices]
+        if unknown:
+            raise EqualizeError(
+                "`apply` was given what the optimizer was not built with. Expected: variables of the model that it "
+                f"trains. Received: {unknown}. Build it with all of them, or make a new TiedOptimizer."
+            )
+        return [self._indices[id(variable)] for variable in variables]
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -89,6 +123,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         inner_optimizer = _checked_optimizer(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self._scaled_outside = False
+        self._built: _Built | None = None
         self._handed: tuple[int, ...] | None = None
         self._known: frozenset[int] | None = None
         self._loaded = False
@@ -96,6 +131,18 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self.registry = registry
         self.reduction = reduction
         self.inner_optimizer = inner_optimizer
+
+    use_ema = _of_inner("use_ema")
+    ema_momentum = _of_inner("ema_momentum")
+    ema_overwrite_frequency = _of_inner("ema_overwrite_frequency")
+    weight_decay = _of_inner("weight_decay")
+    clipnorm = _of_inner("clipnorm")
+    clipvalue = _of_inner("clipvalue")
+    global_clipnorm = _of_inner("global_clipnorm")
+    gradient_accumulation_steps = _of_inner("gradient_accumulation_steps")
+    # What `keras.callbacks.SwapEMAWeights` swaps (Keras 3.15): of each group the member that is updated.
+    _trainable_variables = _of_inner("_trainable_variables")
+    _model_variables_moving_average = _of_inner("_model_variables_moving_average")
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the slots: for one member of each group, and for every variable that is not tied.
@@ -108,7 +155,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             TieBrokenError: The members of a hard group are not equal.
             GroupMismatchError: A part of a group is given, or the inner optimizer treats members differently.
         """
-        variables = arguments.variables("variables", variables)
+        variables = self._checked("variables", variables)
         if self.built or not variables:  # all is frozen, or Keras reads an HDF5 file before it knows the variables
             return
         if self._loaded:
@@ -123,7 +170,22 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             self._handed = tuple(leading.handed(leads, len(variables)))
         self._known = frozenset(id(lead.group) for lead in leads) or None
         self.inner_optimizer.build([variables[index] for index in self._handed])
-        super().build(variables)
+        self._built = _Built(variables)
+        self.built = True
+
+    def _checked(self, name: str, variables: Any) -> list[keras.Variable]:
+        """Variables to train. TensorFlow's own may be among them: some that are not tied, or the values of Keras's."""
+        variables = arguments.variables(name, variables, raw=True)
+        if all(backend.is_variable(variable) for variable in variables):
+            return variables
+        members = [member.variable for group in self.registry.values() for member in group.members]
+        tied = {id(variable.value): variable for variable in members}
+        return [tied.get(id(variable), variable) for variable in variables]
+
+    @property
+    def _trained(self) -> list[keras.Variable]:
+        """All variables that the optimizer was built for."""
+        return [] if self._built is None else self._built.variables
 
     def _link(self, variables: Sequence[keras.Variable]) -> None:
         """Links the registry of a loaded optimizer with the model that trains the variables, where that can be done."""
@@ -143,12 +205,12 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     @property
     def groups(self) -> list[Group]:
         """The hard groups that are updated as one variable each."""
-        return [lead.group for lead in self._leads(self._trainable_variables)]
+        return [lead.group for lead in self._leads(self._trained)]
 
     @property
     def averages(self) -> bool:
         """Whether the inner optimizer keeps averages of weights, which callbacks may swap with the weights."""
-        return any(optimizer.use_ema for optimizer in from_outside_in(self.inner_optimizer))
+        return any(optimizer.use_ema for optimizer in nesting.everything(self.inner_optimizer))
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         super().apply_gradients(grads_and_vars)
@@ -165,9 +227,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 )
             self.build(list(trainable_variables))
         if trainable_variables is None:
-            indices = range(len(self._trainable_variables))
+            indices: Sequence[int] = range(len(self._trained))
         else:
-            indices = self._indices(arguments.variables("trainable_variables", trainable_variables))
+            indices = self._built.indices(self._checked("trainable_variables", trainable_variables))
         if len(indices) != len(grads):
             raise EqualizeError(
                 f"`apply` needs a gradient, or None, for each variable. Received: {len(grads)} for "
@@ -176,22 +238,10 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         leads = self._leads_as_built()
         reduced = self._reduced(leads, dict(zip(indices, grads, strict=True)))
         with leading.leading(leads):
-            variables = [self._trainable_variables[index] for index in reduced]
+            variables = [self._trained[index] for index in reduced]
             self.inner_optimizer.apply(list(reduced.values()), variables)
         for lead in leads:
             lead.follow()
-
-    def _indices(self, variables: Sequence[keras.Variable]) -> list[int]:
-        """The places of variables among those that the optimizer was built with."""
-        try:
-            self._check_variables_are_known(variables)
-            return [self._get_variable_index(variable) for variable in variables]
-        except Exception as error:  # what Keras raises about a variable that it does not know
-            raise EqualizeError(
-                "`apply` was given what the optimizer was not built with. Expected: variables of the model that it "
-                f"trains. Received: {[variable.path for variable in variables]}. Build it with all of them, or "
-                "make a new TiedOptimizer."
-            ) from error
 
     def stateless_apply(
         self,
@@ -206,7 +256,14 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 "`stateless_apply` needs an optimizer that is built. Received: one that is not. Call "
                 "`build(variables)` before."
             )
-        variables = self._trainable_variables
+        variables = self._trained
+        if [tuple(value.shape) for value in trainable_variables] != [tuple(v.shape) for v in variables]:
+            raise EqualizeError(
+                "The variables that are trained are not those that the optimizer was built with. Expected: "
+                f"{arguments.counted(len(variables), 'variable')}, {[variable.path for variable in variables]}. "
+                f"Received: {len(trainable_variables)}. After layers were frozen or thawed make a new TiedOptimizer "
+                "and compile with it."
+            )
         scales = zip(self.inner_optimizer.variables, optimizer_variables, strict=True)
         values = zip(variables, trainable_variables, strict=True)
         with keras.StatelessScope(state_mapping=[*values, *scales]) as scope:
@@ -226,8 +283,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             return [scope.get_current_value(variable) for variable in variables], slots
 
     def finalize_variable_values(self, var_list: Any) -> None:
-        self.inner_optimizer.finalize_variable_values([self._trainable_variables[i] for i in self._handed or ()])
-        self.follow()
+        self.inner_optimizer.finalize_variable_values([self._trained[i] for i in self._handed or ()])
+        if any(backend.purged(variable) for variable in self._trained):
+            return  # a step of `fit` on JAX has failed, whose error must not be lost
+        for lead in self._leads(self._trained):
+            lead.follow()
 
     def follow(self) -> None:
         """Gives the members of each group the value of the one that is updated for all, which something else wrote."""
@@ -326,11 +386,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def _leads_as_built(self) -> list[Lead]:
         """The hard groups now, which must be those that slots were made for."""
-        leads = self._leads(self._trainable_variables)
+        leads = self._leads(self._trained)
         self._require_leads(leads)
         known = self._known = frozenset(id(lead.group) for lead in leads) if self._known is None else self._known
         new = [lead.group.name for lead in leads if id(lead.group) not in known]
-        variables = self._trainable_variables
+        variables = self._trained
         missing = set(leading.handed(leads, len(variables))) - set(self._handed or ())
         missing = [variables[index].path for index in sorted(missing) if variables[index].trainable]
         if new or missing:
@@ -395,7 +455,7 @@ def _require_one_treatment(lead: Lead, optimizer: Any) -> None:
 
 def _treatment(optimizer: Any, variable: keras.Variable) -> Iterator[tuple[str, tuple[Any, str]]]:
     """What an optimizer decides variable by variable: for each setting its value, and how to make it agree."""
-    for nested in from_outside_in(optimizer):
+    for nested in nesting.from_outside_in(optimizer):
         choose = getattr(nested, "_optimizer_map", None)  # of a MultiOptimizer (Keras 3.15)
         if choose is not None:
             chosen = choose(variable)

@@ -1,10 +1,13 @@
 """Groups that may be made: everything is checked in the plan, and nothing changes before it is carried out."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from equalize import backend, binding, discovery, effects, matching, persistence, places, retracing
+from keras import ops
+
+from equalize import backend, binding, discovery, effects, matching, nesting, persistence, places, retracing
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.groups import Group
 from equalize.members import Member
@@ -44,7 +47,7 @@ def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], i
     members = [Member(variable, view=rule.view, weight=rule.weight) for variable, rule in entries]
     rules = [rule for _, rule in entries]
     matching.require_company(name, members, names)
-    matching.require_fit(name, members, rules)
+    matching.require_fit(name, members, rules, declared=True)
     group = Group(name, members, rules[0].template(rules[0].inner), declared=True)
     _require_start(group, initial)
     return Plan(group, rules, [rule.inner for rule in rules])
@@ -153,6 +156,31 @@ def require_apart(plans: Sequence[Plan]) -> None:
                     "group that projects a variable. Name all members in one group, or give layers that do not "
                     f"hold each other's weights.{matching.listing(plan.group.members)}"
                 )
+
+
+def warn_of_overwriting(plans: Sequence[Plan], initial: str, *, stacklevel: int) -> None:
+    """Warns where members that have been trained are about to take the value of the first."""
+    groups = [plan.group for plan in plans if plan.group.hard and initial == "first"]
+    apart = [group for group in groups if not any(m.anchor for m in group.members) and group.spread() != 0.0]
+    later = [member.variable for group in apart for member in group.members[1:]]
+    trained = {id(v) for model in retracing.holding(later) if _has_trained(model) for v in model.trainable_variables}
+    lost = [group for group in apart if any(id(member.variable) in trained for member in group.members[1:])]
+    if lost:
+        warnings.warn(
+            f"Group '{lost[0].name}'{f' and {len(lost) - 1} more' if lost[1:] else ''}: all members take the value of "
+            "the first, and others, which differ from it, have been trained. Expected: others that are new; or "
+            '`initial="mean"`, which keeps something of each. Members that were trained from different initial values '
+            "are better tied softly at first, for instance by `equalize.regularizers.MeanL2`.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def _has_trained(model: Any) -> bool:
+    """Whether an optimizer of the model has taken a step."""
+    optimizers = nesting.everything(getattr(model, "optimizer", None))
+    with backend.eagerly():
+        return any(int(ops.convert_to_numpy(optimizer.iterations)) > 0 for optimizer in optimizers)
 
 
 def _require_start(group: Group, initial: str) -> None:

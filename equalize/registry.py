@@ -96,6 +96,7 @@ class GroupRegistry(Inspection):
             new.append(planning.plan_declared(name, entries, [*known, *found], initial))
         plans = [*new, *restored]  # what layers declare goes inside of what was tied on top
         planning.require_apart(plans)
+        planning.warn_of_overwriting(plans, initial, stacklevel=4)
         for group in outgrown:
             binding.detach(group)
         for plan in plans:
@@ -116,7 +117,9 @@ class GroupRegistry(Inspection):
         or saved and loaded trains untied, and nothing can notice. Tie the copy before you train it:
         `GroupRegistry.from_config(registry.get_config()).link(copy)`. Two kinds of ties do travel: those that layers
         declare (`kernel_constraint=Equal("towers")`), whose copies raise `NotLinkedError` until they are linked, and
-        those of a `TiedOptimizer`, which is saved with the model and has its registry.
+        those of a `TiedOptimizer`, which is saved with the model and has its registry; its copy links itself.
+
+        Members that have been trained, and differ, lose that with `initial="first"`: a `UserWarning` says so.
 
         Args:
             name: Name of the group; with layers, the groups are named `name/place of the weight in the layer`.
@@ -146,6 +149,7 @@ class GroupRegistry(Inspection):
                 member.view = member.view or rule.view
             planned.append(planning.plan(self, group_name, group_members, rule, initial))
         planning.require_apart(planned)
+        planning.warn_of_overwriting(planned, initial, stacklevel=3)
         groups = [self._add(plan.establish(initial)) for plan in planned]
         self._pending = [entry for entry in self._pending if not _within(entry["name"], name)]
         retracing.retrace(_variables(groups))

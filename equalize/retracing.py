@@ -1,6 +1,7 @@
 """Compiled models that must look again at their variables and rules."""
 
 import gc
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,13 +11,15 @@ from equalize import backend
 
 
 def living(kind: type) -> list[Any]:
-    """All objects of a class and its subclasses, `keras.Model` or `keras.Layer`, that the garbage collector knows.
+    """All objects of a class and its subclasses, such as `keras.Model`, that the garbage collector knows.
 
     Keras variables do not know their layers, nor layers their models, and several may hold one. What `gc.freeze()` has
     put away is not found.
     """
     kinds = {kind, *_subclasses(kind)}
-    return [item for item in gc.get_objects() if type(item) in kinds and hasattr(item, "_tracker")]
+    known = gc.get_objects()  # about a million with TensorFlow, so no Python runs for each
+    found = itertools.compress(known, map(kinds.__contains__, map(type, known)))
+    return [item for item in found if hasattr(item, "_tracker") or not isinstance(item, keras.Layer)]
 
 
 def holding(variables: Iterable[keras.Variable]) -> list[keras.Model]:

@@ -119,6 +119,11 @@ class Rule:
         """The group of a bound rule."""
         return None if self._binding is None else self._binding[0]
 
+    @property
+    def bound_member(self) -> "Member | None":
+        """The member that a bound rule serves."""
+        return None if self._binding is None else self._binding[1]
+
     def _require_binding(self, where: str) -> "tuple[Group, Member]":
         if self._binding is None:
             raise NotLinkedError(

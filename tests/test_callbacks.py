@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gc
 import warnings
 from collections.abc import Callable
 
@@ -11,11 +12,13 @@ import pytest
 
 import equalize
 from equalize.callbacks import TieMonitor
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Invariant
 from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
+from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from equalize.rules import Rule
-from tests.conftest import BACKEND, EveryStep, bits, bitwise_equal, compile_quickly, data, kernels, towers
+from equalize.views import Transpose
+from tests.conftest import BACKEND, KERAS_3_5, EveryStep, bits, bitwise_equal, compile_quickly, data, kernels, towers
 
 HARD = functools.partial(Equal, "towers")
 SOFT = functools.partial(MeanL2, "towers", 0.5)
@@ -344,3 +347,126 @@ def test_wrong_arguments_are_refused(kwargs, error, match):
     registry = kwargs.pop("registry", equalize.GroupRegistry())
     with pytest.raises(error, match=match):
         TieMonitor(registry, **kwargs)
+
+
+class Symmetric(keras.layers.Dense):
+    """A square Dense layer whose kernel is symmetric."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(units, use_bias=False, kernel_constraint=Invariant([Transpose()]), **kwargs)
+
+
+def trained_with_averages(*, repair=None, tie=False):
+    """A model with symmetric kernels after a run with averages of weights, and its monitor."""
+    keras.utils.set_random_seed(2)
+    entrance = keras.Input((5,))
+    layers = [keras.layers.Dense(5, use_bias=False) if tie else Symmetric(5) for _ in range(2)]
+    frozen = Symmetric(5)
+    frozen.trainable = False
+    model = keras.Model(entrance, keras.layers.Dense(1)(frozen(keras.layers.add([each(entrance) for each in layers]))))
+    registry = equalize.GroupRegistry()
+    optimizer = averaging()
+    if tie:
+        registry.tie("pair", [layer.kernel for layer in layers], Equal(inner=Invariant([Transpose()])))
+        optimizer = TiedOptimizer(optimizer, registry)
+    monitor = None if repair is None else TieMonitor(registry, repair=repair)
+    compile_quickly(model, optimizer, "mse")
+    found = {finding.subject for finding in registry.diagnose(model) if finding.kind == "ema"}
+    assert found == (set() if repair else {layer.kernel.path for layer in layers})
+    before = bits(frozen.kernel)
+    model.fit(*data(), batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[] if monitor is None else [monitor])
+    assert bits(frozen.kernel) == before
+    return [layer.kernel for layer in layers], monitor
+
+
+def symmetric(kernel):
+    value = keras.ops.convert_to_numpy(kernel.value)
+    return bool((value == value.T).all())
+
+
+def test_averages_of_symmetric_kernels_are_made_symmetric_when_training_ends():
+    averages, _ = trained_with_averages()
+    repaired, monitor = trained_with_averages(repair=True)
+    assert not any(map(symmetric, averages))
+    assert all(map(symmetric, repaired))
+    for average, kernel in zip(averages, repaired, strict=True):
+        assert keras.ops.convert_to_numpy(kernel.constraint(average.value)).tobytes() == bits(kernel)
+    assert monitor.broken.keys() == {kernel.path for kernel in repaired}
+    assert min(monitor.broken.values()) > 0.0
+
+
+def test_averages_of_a_symmetric_group_are_made_symmetric_when_training_ends():
+    averages, _ = trained_with_averages(tie=True)
+    repaired, monitor = trained_with_averages(tie=True, repair=True)
+    assert bitwise_equal(*averages)
+    assert not symmetric(averages[0])
+    assert bitwise_equal(*repaired)
+    assert symmetric(repaired[0])
+    assert monitor.broken.keys() == {"pair"}
+
+
+def test_averages_of_symmetric_kernels_are_warned_of_without_repair():
+    with pytest.warns(UserWarning, match=r"^Kernels that are not as .* 'symmetric\w*/kernel' \(off by .*repair=True"):
+        kernels, _ = trained_with_averages(repair=False)
+    assert not any(map(symmetric, kernels))
+
+
+def swapping(*order):
+    """A model that is trained as one variable with averages, and callbacks in an order."""
+    model, registry = tied()
+    compile_quickly(model, TiedOptimizer(averaging(), registry), "mse")
+    monitor = TieMonitor(registry) if "monitor" in order else None
+    made = {"monitor": monitor, "swap": keras.callbacks.SwapEMAWeights()}
+    return model, registry, [made[name] for name in order]
+
+
+def test_a_monitor_after_the_swap_evaluates_averages_of_all_members():
+    model, registry, callbacks = swapping("swap", "monitor")
+    x, y = data()
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks, validation_data=(x, y))
+    assert registry.diagnose() == []
+    registry.check()
+    assert bitwise_equal(*kernels(model))
+    model.optimizer.inner_optimizer._model_variables_moving_average[0].assign(keras.ops.ones((5, 4)))
+    predicted = model.predict(x, verbose=0, callbacks=callbacks)
+    for kernel in kernels(model):
+        kernel.assign(keras.ops.ones((5, 4)))
+    np.testing.assert_allclose(model.predict(x, verbose=0), predicted, rtol=1e-6)
+
+
+def test_a_monitor_before_the_swap_is_an_error_when_a_run_begins():
+    model, _, callbacks = swapping("monitor", "swap")
+    x, y = data()
+    with pytest.raises(EqualizeError, match=r"before SwapEMAWeights .*\['TieMonitor', 'SwapEMAWeights', 'History'\]"):
+        model.fit(x, y, verbose=0, callbacks=callbacks)
+    model.fit(x, y, verbose=0, callbacks=callbacks[::-1])
+    for run in (functools.partial(model.evaluate, x, y), functools.partial(model.predict, x)):
+        with pytest.raises(EqualizeError, match="before SwapEMAWeights"):
+            run(verbose=0, callbacks=callbacks)
+
+
+def test_a_swap_without_a_monitor_is_a_finding():
+    model, registry, callbacks = swapping("swap")
+    (finding,) = registry.diagnose(model)
+    assert (finding.kind, finding.subject) == ("ema", "towers")
+    assert "SwapEMAWeights(), equalize.callbacks.TieMonitor(registry)" in finding.fix
+    del callbacks
+    gc.collect()
+    assert registry.diagnose(model) == []
+
+
+@pytest.mark.skipif(KERAS_3_5, reason="Keras has MultiOptimizer since 3.15")
+def test_averages_are_swapped_through_several_optimizers_around_a_tied_one():
+    model, registry = tied()
+    inner = TiedOptimizer(averaging(), registry)
+    compile_quickly(
+        model,
+        keras.optimizers.MultiOptimizer(lambda v: inner if "tower" in v.path else keras.optimizers.SGD(0.1)),
+        "mse",
+    )
+    x, y = data()
+    model.optimizer.build(model.trainable_variables)
+    swap, monitor = keras.callbacks.SwapEMAWeights(), TieMonitor(registry)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[swap, monitor], validation_data=(x, y))
+    assert bitwise_equal(*kernels(model))
+    registry.check()

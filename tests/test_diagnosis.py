@@ -7,6 +7,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
+from equalize.errors import GroupMismatchError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from tests.conftest import BACKEND, fit, kernels, towers
@@ -276,3 +277,49 @@ def test_regularizers_that_differ_within_a_hard_group_are_found():
     assert "'w1': none" in finding.message
     registry["pair"].rule = Equal(rate=0.5)
     assert registry.diagnose() == []
+
+
+def attention(**shapes):
+    layer = keras.layers.MultiHeadAttention(2, kernel_constraint=Equal("heads"), use_bias=False, name="mha", **shapes)
+    entrance = keras.Input((3, 4))
+    return keras.Model(entrance, layer(entrance, entrance))
+
+
+def test_a_rule_that_a_layer_hands_to_several_weights_is_a_finding():
+    model = keras.Sequential([keras.Input((3, 4)), TwoDense()])
+    registry = equalize.GroupRegistry().link(model)
+    (finding,) = registry.diagnose(model)
+    assert (finding.kind, finding.subject) == ("handed_on", "two_dense")
+    assert "/left/kernel'" in finding.message
+    assert "registry.tie" in finding.fix
+
+
+class TwoDense(keras.layers.Layer):
+    """Hands its constraint to two layers."""
+
+    def __init__(self):
+        super().__init__(name="two_dense")
+        self.kernel_constraint = Equal("both")
+        self.left, self.right = (
+            keras.layers.Dense(4, kernel_constraint=self.kernel_constraint, name=name) for name in ("left", "right")
+        )
+
+    def build(self, input_shape):
+        self.left.build(input_shape)
+        self.right.build(input_shape)
+
+    def call(self, x):
+        return self.left(x) + self.right(x)
+
+
+def test_a_rule_that_attention_hands_to_weights_of_other_shapes_says_so():
+    with pytest.raises(GroupMismatchError, match=r"One rule was given to several weights.*`registry\.tie\('heads'"):
+        equalize.GroupRegistry().link(attention(key_dim=3))
+
+
+def test_the_two_directions_of_a_layer_may_have_one_rule():
+    layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(3, kernel_constraint=Equal("directions")))
+    model = keras.Sequential([keras.Input((3, 4)), layer])
+    registry = equalize.GroupRegistry().link(model)
+    assert len(registry["directions"].members) == 2
+    assert registry.diagnose(model) == []

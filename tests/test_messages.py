@@ -1267,10 +1267,10 @@ def something_else_than_a_registry():
 @message(
     """
     Group 'pair' cannot reach its member 'right/kernel' (4, 3) float32 in this step. Expected: a step
-    over all members; it sees: 'left/kernel' (4, 3) float32. On JAX an optimizer or a loss carries only
-    the variables that it was given, and a change of any other is lost. Train all members with one
-    optimizer in one model, or apply the optimizers inside one `keras.StatelessScope` that is given the
-    variables of all.
+    over all members; it sees: 'left/kernel' (4, 3) float32. A stateless step of an optimizer or a loss
+    carries only the variables that it was given, and a change of any other is lost. Train all members
+    with one optimizer in one model, or apply the optimizers inside one `keras.StatelessScope` that is
+    given the variables of all.
     """,
     on="jax",
 )
@@ -1284,9 +1284,9 @@ def member_that_a_step_does_not_reach():
 
 @message(
     """
-    Group 'pair' cannot take the value of 'right/kernel', which is not trainable: on JAX this step does
-    not see it. Expected: a step that computes the losses of the model, as `fit` does and
-    `model.stateless_call(..., return_losses=True)`, and then applies the optimizer; or one that runs
+    Group 'pair' cannot take the value of 'right/kernel', which is not trainable: a stateless step sees
+    only what it is given. Expected: a step that computes the losses of the model, as `fit` and
+    `model.stateless_call(..., return_losses=True)` do, and then applies the optimizer; or one that runs
     the optimizer in a `keras.StatelessScope` over all variables of the model.
     """,
     on="jax",
@@ -1747,6 +1747,18 @@ def gradients_of_other_variables():
 
 @message(
     """
+    The variables that are trained are not those that the optimizer was built with. Expected: 2
+    variables, ['left/kernel', 'right/kernel']. Received: 1. After layers were frozen or thawed make a
+    new TiedOptimizer and compile with it.
+    """
+)
+def a_step_of_other_variables():
+    optimizer, layers = built()
+    optimizer.stateless_apply([], [ops.ones(3)], [layers[0].bias.value])
+
+
+@message(
+    """
     `repair` must be True or False. Received: 'yes' of type <class 'str'>.
     """
 )
@@ -1783,6 +1795,57 @@ def averages_without_a_repair():
     for value, layer in enumerate(model.layers[1:]):
         layer.kernel.assign(np.full((4, 3), value))
     monitor.on_train_end()
+
+
+@message(
+    """
+    TieMonitor comes before SwapEMAWeights in the list of callbacks. Expected: after it, to give all
+    members what that wrote to one member of each group of a TiedOptimizer; received: ['TieMonitor',
+    'SwapEMAWeights']. Write `callbacks=[keras.callbacks.SwapEMAWeights(), TieMonitor(registry)]`.
+    """
+)
+def a_monitor_before_a_swap_of_averages():
+    registry, model = compiled()
+    model.compile(TiedOptimizer(keras.optimizers.SGD(use_ema=True), registry), "mse")
+    callbacks = [TieMonitor(registry), keras.callbacks.SwapEMAWeights()]
+    keras.callbacks.CallbackList(callbacks, model=model).on_train_begin()
+
+
+@message(
+    """
+    Group 'pair': all members take the value of the first, and others, which differ from it, have been
+    trained. Expected: others that are new; or `initial="mean"`, which keeps something of each. Members
+    that were trained from different initial values are better tied softly at first, for instance by
+    `equalize.regularizers.MeanL2`.
+    """
+)
+def a_tie_that_overwrites_what_was_trained():
+    layers = dense("left") + dense("right")
+    entrance = keras.Input((4,))
+    model = keras.Model(entrance, [layer(entrance) for layer in layers])
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(1)
+    equalize.GroupRegistry().tie("pair", [layer.kernel for layer in layers], Equal())
+
+
+@message(
+    """
+    Cannot tie 'attention/attention_output/kernel' into group 'heads': expected shape (4, 2, 3), set by
+    'attention/query/kernel'; received (2, 3, 4). One rule was given to several weights, as a
+    `MultiHeadAttention` hands its constraint to all its projections. Leave Equal() out of the layer,
+    and tie the weights that you mean: `registry.tie('heads', [...], Equal())`.
+    Members:
+        'attention/query/kernel' (4, 2, 3) float32
+        'attention/key/kernel' (4, 2, 3) float32
+        'attention/value/kernel' (4, 2, 3) float32
+        'attention/attention_output/kernel' (2, 3, 4) float32
+    """
+)
+def a_rule_that_attention_hands_to_weights_of_two_shapes():
+    layer = keras.layers.MultiHeadAttention(2, 3, kernel_constraint=Equal("heads"), name="attention")
+    entrance = keras.Input((3, 4))
+    equalize.GroupRegistry().link(keras.Model(entrance, layer(entrance, entrance)))
 
 
 @message(

@@ -489,3 +489,89 @@ def test_a_plain_optimizer_projects_the_same_groups_again():
     train(model, recorder, epochs=1)
     assert all(bitwise_equal(*map(keras.Variable, step)) for step in recorder.values)
     registry.check()
+
+
+# ---- what Keras and its callbacks ask an optimizer for
+
+
+def test_settings_are_those_of_the_inner_optimizer():
+    settings = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3, "weight_decay": 0.25}
+    for clip in ("clipnorm", "clipvalue", "global_clipnorm"):
+        inner = keras.optimizers.SGD(**settings, **{clip: 2.0}, gradient_accumulation_steps=4)
+        _, _, optimizer = tied_towers(inner=inner)
+        for name in [*settings, clip, "gradient_accumulation_steps"]:
+            assert getattr(optimizer, name) == getattr(inner, name) is not None
+    optimizer.clipvalue = 0.5
+    assert inner.clipvalue == 0.5
+    plain = tied_towers()[2]
+    assert plain.use_ema is False
+    assert plain.weight_decay is plain.clipnorm is plain.gradient_accumulation_steps is None
+    assert not hasattr(plain, "_model_variables_moving_average")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_swap_of_averages_knows_the_wrapper(scaled):
+    model, registry, optimizer = tied_towers(inner=keras.optimizers.SGD(0.1, use_ema=True))
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse")
+    callbacks = [keras.callbacks.SwapEMAWeights(), equalize.callbacks.TieMonitor(registry)]
+    train(model, *callbacks, validation_data=data())
+    registry.check()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow has variables of its own")
+def test_raw_variables_of_tensorflow_are_trained_beside_tied_ones():
+    import tensorflow as tf
+
+    raw = tf.Variable([1.0, 2.0])
+    left, right = (keras.Variable(np.ones(2, "float32")) for _ in range(2))
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [left, right], Equal())
+    for given in ([left, raw, right], [left.value, raw, right.value]):
+        optimizer = TiedOptimizer(keras.optimizers.SGD(1.0, momentum=0.5), registry)
+        for variable in (left, right, raw):
+            variable.assign([1.0, 2.0])
+        for _ in range(2):
+            optimizer.apply([tf.ones(2), tf.ones(2), tf.zeros(2)], given)
+        assert len(optimizer.variables) == 2 + 2
+        for variable in (left, right, raw):
+            np.testing.assert_array_equal(ops.convert_to_numpy(variable), [-1.5, -0.5])
+    with pytest.raises(EqualizeError, match="was not built with"):
+        optimizer.apply([tf.ones(2)], [tf.Variable([1.0, 2.0])])
+
+
+# ---- freezing and thawing
+
+
+def staged(frozen):
+    """A stack of two tied layers and one that is not, of which some are frozen."""
+    keras.utils.set_random_seed(0)
+    names = ("first", "second", "top")
+    model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4, name=name) for name in names)])
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", model.layers[:2], Equal())
+    freeze(model, frozen)
+    return model, registry
+
+
+def freeze(model, names):
+    for layer in model.layers:
+        layer.trainable = layer.name not in names
+
+
+@pytest.mark.parametrize("stages", [("", "first"), (("first", "second"), "second"), (("first", "second"), "")])
+def test_what_one_optimizer_cannot_follow_asks_for_a_new_one(stages):
+    model, registry = staged(stages[0])
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    model.compile(TiedOptimizer("adam", registry), "mse")
+    model.fit(x, x, verbose=0)
+    freeze(model, stages[1])
+    model.compile(model.optimizer, "mse")
+    if stages[0] == "" and BACKEND != "jax":
+        model.fit(x, x, verbose=0)  # slots are there, and the frozen member holds the other
+    else:
+        with pytest.raises(EqualizeError, match="make a new TiedOptimizer"):
+            model.fit(x, x, verbose=0)
+        model, registry = staged(stages[1])
+        model.compile(TiedOptimizer("adam", registry), "mse")
+        model.fit(x, x, verbose=0)
+    registry.check()

@@ -1,5 +1,6 @@
 import gc
 import tracemalloc
+import warnings
 import weakref
 
 import keras
@@ -12,7 +13,7 @@ from equalize import backend
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
-from tests.conftest import BACKEND, bits, bitwise_equal, fit, gradients, kernels, towers
+from tests.conftest import BACKEND, bits, bitwise_equal, data, fit, gradients, kernels, towers
 
 
 def snapshot(model):
@@ -587,3 +588,43 @@ def test_linking_and_syncing_what_is_equal_changes_no_bit_though_an_inner_constr
     again.sync("mean")
     again.sync("first")
     assert bits(first) == projected.tobytes()
+
+
+# ---- ties that overwrite what was trained
+
+
+def trained_towers():
+    model = towers(3)
+    model.compile("sgd", "mse")
+    x, y = data()
+    model.fit(x, y, batch_size=16, epochs=1, verbose=0)
+    return model
+
+
+def test_a_tie_that_overwrites_training_warns_once():
+    model = trained_towers()
+    layers = [layer for layer in model.layers if layer.name.startswith("tower_")]
+    with pytest.warns(
+        UserWarning, match=r"'towers/kernel' and 1 more.*have been trained.*`initial=\"mean\"`"
+    ) as caught:
+        equalize.GroupRegistry().tie("towers", layers, Equal())
+    assert [warning.filename for warning in caught if "have been trained" in str(warning.message)] == [__file__]
+
+
+@pytest.mark.parametrize("way", ["mean", "strict", "soft", "partial", "anchored", "untrained", "new layers"])
+def test_a_tie_that_overwrites_no_training_does_not_warn(way):
+    model = towers(3) if way == "untrained" else trained_towers()
+    members = kernels(model)
+    if way == "anchored":
+        model.get_layer("tower_2").trainable = False
+    if way == "new layers":
+        members = [members[0], *kernels(towers(2))]
+    rule = {"soft": MeanL2(factor=0.1), "partial": Equal(rate=0.5)}.get(way, Equal())
+    initial = way if way in ("mean", "strict") else "first"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        if way == "strict":
+            with pytest.raises(TieBrokenError):
+                equalize.GroupRegistry().tie("towers", members, rule, initial=initial)
+        else:
+            equalize.GroupRegistry().tie("towers", members, rule, initial=initial)
