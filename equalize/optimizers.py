@@ -161,6 +161,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         if self._loaded:
             self._link(variables)
         leads = self._leads(variables)
+        if self._loaded and not leads and self._handed is None:
+            self._loaded = False  # Keras builds what it loads, trained or not; training asks again
+            return
         for lead in leads:
             _require_all_members(lead)
             _require_one_treatment(lead, self.inner_optimizer)
@@ -226,6 +229,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                     "`apply(gradients, variables)`, or `build(variables)` before."
                 )
             self.build(list(trainable_variables))
+        if self._built is None:
+            self._require_leads([])
         if trainable_variables is None:
             indices: Sequence[int] = range(len(self._trained))
         else:
@@ -373,7 +378,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             given["registry"] = configs.restored(config["registry"], GroupRegistry, "a registry")
             optimizer = cls(**given)
         optimizer._handed = handed
-        optimizer._loaded = handed is not None
+        optimizer._loaded = True
         return optimizer
 
     def _leads(self, variables: Sequence[keras.Variable]) -> list[Lead]:

@@ -575,3 +575,27 @@ def test_what_one_optimizer_cannot_follow_asks_for_a_new_one(stages):
         model.compile(TiedOptimizer("adam", registry), "mse")
         model.fit(x, x, verbose=0)
     registry.check()
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")  # Keras's own of an optimizer that had no slots
+def test_a_model_that_was_compiled_and_never_trained_can_be_saved_and_loaded(tmp_path):
+    model, _, optimizer = tied_towers(by_hand=True)
+    model.compile(optimizer, "mse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert list(loaded.optimizer.registry) == ["towers"]
+    train(loaded)
+    assert bitwise_equal(*kernels(loaded))
+
+
+def test_an_optimizer_without_ties_can_be_saved_and_loaded_and_not_trained(tmp_path):
+    model = towers(2)
+    model.compile(TiedOptimizer("sgd", equalize.GroupRegistry()), "mse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for _ in range(2):
+        with pytest.raises(NotLinkedError, match="nothing to tie"):
+            train(loaded)
+    loaded.optimizer.registry.tie("towers", kernels(loaded), Equal())
+    train(loaded)
+    assert bitwise_equal(*kernels(loaded))

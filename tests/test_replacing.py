@@ -256,3 +256,12 @@ def test_no_finding_says_that_a_rule_was_dropped_that_was_replaced():
     registry = equalize.GroupRegistry().link(model)
     registry["towers"].rule = Equal()
     assert [finding.kind for finding in registry.diagnose()] == ["unequal"]
+
+
+def test_a_rule_that_is_replaced_leaves_its_inner_constraint_in_the_config():
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", kernels(model), Equal(inner="non_neg"))
+    registry["towers"].rule = Equal()
+    copy = equalize.GroupRegistry.from_config(registry.get_config()).link(keras.models.clone_model(model))
+    assert copy["towers"].rule.describe() == registry["towers"].rule.describe() == "Equal(inner='NonNeg')"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tempfile
 
 import hypothesis
 import keras
@@ -40,7 +41,7 @@ def place_of(variable, variables):
 class Registry(stateful.RuleBasedStateMachine):
     """Variables of layers, some of them tied; `self.groups` is what must be in the registry."""
 
-    copied = 0  # how often a copy was tied, in all lives
+    copied = loaded = 0  # how often a copy was tied, and a model loaded, in all lives
 
     def __init__(self):
         super().__init__()
@@ -153,9 +154,7 @@ class Registry(stateful.RuleBasedStateMachine):
         done = self.attempt(lambda: copied.append(equalize.GroupRegistry.from_config(config).link(clone)))
         assert self.picture() == before
         if not done:  # by members that do not move and differ
-            frozen = {i for i, layer in enumerate(self.layers) if not layer.trainable}
-            held = [name for name, members in self.groups.items() if len(frozen & set(members)) > 1]
-            assert any(self.registry[name].projects for name in held)
+            assert any(self.registry[name].projects and self.frozen(name) > 1 for name in self.groups)
             return
         Registry.copied += 1
         kernels = [layer.kernel for layer in clone.layers if layer.weights]
@@ -165,6 +164,32 @@ class Registry(stateful.RuleBasedStateMachine):
             assert [place_of(member.variable, kernels) for member in group.members] == members
             assert group.spread() == 0.0 or not group.hard
         assert copied[0].keys() == self.registry.keys()
+
+    @stateful.precondition(lambda self: self.groups)
+    @stateful.rule(exact=st.booleans())
+    def save_and_load(self, exact):
+        """What can be saved can be loaded, again and again: the life goes on with the model that was loaded."""
+        config = json.loads(json.dumps(self.registry.get_config()))
+        self.model.compile(TiedOptimizer("sgd", self.registry) if exact else "sgd", "mse")
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save(f"{folder}/model.keras")
+            loaded = keras.models.load_model(f"{folder}/model.keras")
+        registry = loaded.optimizer.registry if exact else equalize.GroupRegistry.from_config(config)
+        if not self.attempt(lambda: registry.link(loaded)):  # members that do not move differ
+            assert any(self.registry[name].projects and self.frozen(name) > 1 for name in self.groups)
+            return
+        Registry.loaded += 1
+        before = [bits(kernel) for kernel in self.kernels]
+        written = {i for name in self.groups if self.registry[name].hard for i in self.groups[name]}
+        self.model, self.registry = loaded, registry
+        self.layers = [loaded.get_layer(f"layer_{i}") for i in range(COUNT)]
+        for i, kernel in enumerate(self.kernels):
+            assert i in written or bits(kernel) == before[i]
+        self.settled = {name for name, group in registry.items() if group.hard and self.alone(name)}
+
+    def frozen(self, name):
+        """How many members of a group do not move."""
+        return sum(not self.layers[i].trainable for i in self.groups[name])
 
     def wrote(self, places):
         """Hard groups that share a variable with what was written may have come apart."""
@@ -214,9 +239,10 @@ def run(examples, steps):
 
 
 def test_laws_hold_through_what_people_do():
-    Registry.copied = 0
-    run(12, 15)
+    Registry.copied = Registry.loaded = 0
+    run(6, 12)
     assert Registry.copied > 0
+    assert Registry.loaded > 0
 
 
 @pytest.mark.fuzz
