@@ -38,6 +38,7 @@ MODES = {
     "torch": {"eager": {"jit_compile": False}},
 }[BACKEND]
 QUICK = next(iter(MODES))
+XLA = "jit" if "jit" in MODES else QUICK  # compiled, where anything is
 
 # What is imported for good: each look for living models, and each collection, would go through half a million objects.
 gc.freeze()
@@ -177,7 +178,7 @@ def compile_quickly(model, optimizer, *args, **kwargs):
 
 def fit(model, registry=None, *, x=None, y=None, epochs=2, batch_size=8, optimizer=None, **compile_args):
     """Compiles and trains a few steps, looking after every one."""
-    optimizer = optimizer or keras.optimizers.RMSprop(0.01)  # with slots, quick to trace, and of bounded steps
+    optimizer = optimizer or keras.optimizers.SGD(0.05, momentum=0.9)  # with slots, and quick to trace
     if x is None:
         x, y = data()
     compile_args.setdefault("loss", "mse")

@@ -11,7 +11,7 @@ from equalize.errors import EqualizeError, NotLinkedError
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.views import Scale, Transpose
 from tests import references, strategies
-from tests.conftest import MODES, bits, data, fit, gradients, kernels, no_loss, towers
+from tests.conftest import MODES, XLA, bits, data, fit, gradients, kernels, no_loss, towers
 
 RULES = {
     MeanL2: references.mean_l2,
@@ -122,9 +122,7 @@ class Weight(keras.layers.Layer):
         return x
 
 
-@pytest.mark.parametrize(
-    ("mode", "few"), [*((mode, penalties._FEW) for mode in MODES), ("jit" if "jit" in MODES else "eager", 0)]
-)
+@pytest.mark.parametrize(("mode", "few"), [*((mode, penalties._FEW) for mode in MODES), (XLA, 0)])
 def test_a_step_of_fit_is_the_step_by_hand(mode, few, monkeypatch):
     monkeypatch.setattr(penalties, "_FEW", few)  # with 0, small groups take the forms that large ones do
     rules = RULES if few else [PairwiseL1, PairwiseNorm]  # which have other forms
