@@ -180,9 +180,9 @@ def test_each_setting_acts_as_on_one_shared_variable(name, settings):
     assert_same_bare(*both_bare(functools.partial(OPTIMIZERS[name], **SETTINGS[settings])))
 
 
-@pytest.mark.parametrize("settings", [{}, SETTINGS["all"]], ids=["plain", "all settings"])
-def test_a_fit_is_that_of_one_shared_variable_bit_for_bit(settings):
-    assert_same_bits(*both_runs(functools.partial(OPTIMIZERS["adam"], **settings), steps=16))
+@pytest.mark.parametrize(("name", "settings"), [("momentum", {}), ("adam", SETTINGS["all"])], ids=["plain", "all"])
+def test_a_fit_is_that_of_one_shared_variable_bit_for_bit(name, settings):
+    assert_same_bits(*both_runs(functools.partial(OPTIMIZERS[name], **settings), steps=16))
 
 
 @pytest.mark.parametrize("n", [3, 5])
@@ -195,7 +195,7 @@ def test_more_members_agree_to_the_rounding_of_a_sum(n):
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != QUICK])
 def test_in_every_way_to_run_a_step(mode):
-    expected, tied = both_runs(OPTIMIZERS["adam"], **MODES[mode])
+    expected, tied = both_runs(OPTIMIZERS["momentum"], **MODES[mode])
     assert all(len({value.tobytes() for value in step}) == 1 for step in tied[0])
     np.testing.assert_allclose(tied[0], expected[0].repeat(2, 1), rtol=1e-5, atol=1e-6)  # XLA fuses the two apart
 
@@ -477,7 +477,7 @@ def test_whole_blocks():
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("name", "mode"), [("adam", QUICK), *(("momentum", mode) for mode in MODES)])
+@pytest.mark.parametrize(("name", "mode"), [("adam", QUICK), *(("momentum", mode) for mode in MODES if mode != QUICK)])
 def test_embeddings_that_look_up_different_rows(name, mode):
     results = []
     for shared in (True, False):

@@ -34,6 +34,8 @@ elif BACKEND == "jax":
 else:
     import torch
 
+OTHERS = [mode for mode in MODES if mode != QUICK] or [QUICK]
+
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(0.01),
     "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
@@ -149,10 +151,11 @@ def test_members_are_bitwise_equal_after_every_step_of_each_optimizer(optimizer)
     assert np.isfinite(np.frombuffer(seen[6][0], "float32")).all()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "global_clipnorm"])
-def test_members_are_bitwise_equal_after_every_step_of_fit(optimizer):
+def test_members_are_bitwise_equal_after_every_step_of_fit():
     model, registry = tied_towers()
-    model.compile(OPTIMIZERS[optimizer](), "mse", **MODES[QUICK])  # whose slots are made inside of the first step
+    model.compile(
+        OPTIMIZERS["global_clipnorm"](), "mse", **MODES[QUICK]
+    )  # whose slots are made inside of the first step
     watch = EveryStep(registry)
     before = bits(kernels(model)[0])
     model.fit(*data(), epochs=2, batch_size=8, verbose=0, shuffle=False, callbacks=[watch])
@@ -328,7 +331,7 @@ def test_a_row_that_one_embedding_looked_up_moves_in_all_and_a_row_that_none_did
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
 @pytest.mark.parametrize(
     ("connected", "mode"),
-    [((1,), QUICK), *(((0, 2), mode) for mode in MODES)],
+    [((1,), QUICK), *(((0, 2), mode) for mode in OTHERS)],
     ids=str,
 )
 def test_members_without_a_gradient_follow_the_others(connected, mode):
@@ -407,7 +410,7 @@ def run_of_one_optimizer():
     return train_recorded(model, kernels(model), OPTIMIZERS["momentum"]())
 
 
-@pytest.mark.parametrize(("part", "mode"), [((1, 2), QUICK), *(((0,), mode) for mode in MODES)], ids=str)
+@pytest.mark.parametrize(("part", "mode"), [((1, 2), QUICK), *(((0,), mode) for mode in OTHERS)], ids=str)
 def test_two_optimizers_in_one_step_that_each_train_a_part_of_a_group_are_one_for_all(part, mode):
     expected = run_of_one_optimizer()
     plain, _ = seeded_towers()
@@ -468,7 +471,7 @@ def test_the_same_model_trains_again_with_and_without_compiling_anew():
     recorder = Recorder(kernels(model))
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[recorder])
     for mode in MODES:
-        recorder.values += list(train_recorded(model, kernels(model), OPTIMIZERS["adam"](), **MODES[mode]))
+        recorder.values += list(train_recorded(model, kernels(model), OPTIMIZERS["momentum"](), **MODES[mode]))
     assert equal_throughout(recorder.values)
     assert bits(kernels(model)[0]) != before
     assert len(moving_steps(recorder.values)) == 4 * (1 + len(MODES))
@@ -673,11 +676,11 @@ def test_equal_members_keep_their_bits_whatever_number_they_hold(mode):
     assert {each for step in seen for each in step} == {value.tobytes()}
 
 
-@pytest.mark.parametrize(("number", "mode"), [(1e-40, QUICK), *((np.nan, mode) for mode in MODES)], ids=str)
-def test_members_stay_bitwise_equal_while_one_of_them_spoils_the_training(number, mode):
+@pytest.mark.parametrize("number", [1e-40, np.nan])
+def test_members_stay_bitwise_equal_while_one_of_them_spoils_the_training(number):
     model, registry = tied_towers()
     kernels(model)[1].assign(np.full((5, 4), number, "float32"))
-    train(model, registry, mode=mode, epochs=1)
+    train(model, registry, epochs=1)
     assert np.isfinite(ops.convert_to_numpy(kernels(model)[0].value)).all() == np.isfinite(number)
 
 
