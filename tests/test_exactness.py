@@ -210,7 +210,7 @@ def test_members_without_a_gradient_count_as_zero(blocked):
     results = []
     for shared in (True, False):
         model, kernels = branches(3, shared=shared, blocked=blocked)
-        optimizer = O.Adam(0.01) if shared else TiedOptimizer(O.Adam(0.01), tie(kernels))
+        optimizer = OPTIMIZERS["momentum"]() if shared else TiedOptimizer(OPTIMIZERS["momentum"](), tie(kernels))
         results.append(run(model, optimizer, kernels))
     assert not np.array_equal(results[0][0], results[0][-1])
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6, atol=1e-7)
@@ -445,7 +445,7 @@ def test_soft_ties_beside_exact_ones():
         registry = equalize.GroupRegistry() if shared else tie(kernels)
         registry.tie("soft", [layer.kernel for layer in extra], MeanL2(factor=0.5))
         registry.tie("partial", [layer.bias for layer in extra], Equal(rate=0.5))
-        optimizer = O.Adam(0.01) if shared else TiedOptimizer(O.Adam(0.01), registry)
+        optimizer = OPTIMIZERS["momentum"]() if shared else TiedOptimizer(OPTIMIZERS["momentum"](), registry)
         watched = [kernels[0], *(weight for layer in extra for weight in layer.weights)]
         run(model, optimizer, [kernels[0]])
         results.append([bits(variable) for variable in watched])
@@ -467,7 +467,7 @@ def test_whole_blocks():
         model.get_layer("head").kernel.assign(random.normal(size=(5, 1)))
         for each in blocks:
             each.layers[0].kernel.assign(np.random.default_rng(4).normal(size=(5, 5), scale=0.5))
-        optimizer = O.Adam(0.01)
+        optimizer = OPTIMIZERS["momentum"]()
         if not shared:
             registry = equalize.GroupRegistry()
             assert len(registry.tie("blocks", blocks, Equal())) == 4

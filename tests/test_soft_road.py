@@ -108,7 +108,7 @@ def test_schools_meet_one_after_the_other_as_the_factor_grows():
         registry.tie(f"schools_{column}", members, PairwiseNorm(factor=factor))
     falling = keras.optimizers.schedules.InverseTimeDecay(0.3, decay_steps=10, decay_rate=1.0)
     model.compile(keras.optimizers.SGD(falling), [squares] * len(x))
-    for _ in range(200):
+    for _ in range(100):
         model.train_on_batch(x, y)
     weights = np.stack([ops.convert_to_numpy(head.kernel.value) for head in heads])
     found = [clusters(weights[:, :, column], 0.05) for column in range(len(factors))]

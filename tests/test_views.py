@@ -207,7 +207,7 @@ def test_hard_ties_hold_through_views_after_every_step(mode):
     assert set(registry.spread().values()) == {0.0}
     before = {kind: bits(shown[1].kernel) for kind, shown in layers.items()}
     x, y = regression()
-    watch = fit(model, registry, x=x, y=y, optimizer="adam", **MODES[mode])
+    watch = fit(model, registry, x=x, y=y, **MODES[mode])
     assert watch.steps == 8
     for kind, shown in layers.items():
         assert bits(shown[1].kernel) != before[kind], kind
@@ -302,8 +302,8 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize(("optimizer", "mode"), [*(("adam", mode) for mode in MODES), ("sgd", XLA)])
-def test_a_compiled_step_gives_all_members_one_value(optimizer, mode):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_compiled_step_gives_all_members_one_value(optimizer):
     """XLA would compute it anew for each, and round it differently (JAX 0.12 on CPUs)."""
     entrance = keras.Input((4,))
     layers = [keras.layers.Dense(4, activation="tanh") for _ in range(3)]
@@ -312,7 +312,7 @@ def test_a_compiled_step_gives_all_members_one_value(optimizer, mode):
     registry = equalize.GroupRegistry()
     registry.tie("g", [(first, Scale(-1)), second, (third, Transpose())], Equal(inner=Ceiling()))
     model.compile(
-        keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.1}}), "mse", **MODES[mode]
+        keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.1}}), "mse", **MODES[XLA]
     )
     x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
     watch = EveryStep(registry)
