@@ -1,6 +1,9 @@
 """Hypothesis strategies for tied tensors."""
 
+import os
+
 import hypothesis
+import keras
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
@@ -11,8 +14,13 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 # As float32 has them, since NumPy 1 tells a number from what it becomes.
 TINY = [float(np.float32(1e-40)), float(np.float32(-1e-45))]
 
+# JAX compiles each operation for each shape that it meets, which takes longer than all the rest: it meets few.
+FEW = keras.backend.backend() == "jax" and os.environ.get("HYPOTHESIS_PROFILE") != "long"
+
 # NumPy cannot read a scalar bfloat16 of TensorFlow, so scalars have a test of their own.
 shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=4)
+if FEW:
+    shapes = st.sampled_from([(4,), (2, 3), (3, 3), (2, 1, 3)])
 
 
 def arrays(shape, dtype="float32", bound=None, specials=False):
@@ -28,15 +36,22 @@ def arrays(shape, dtype="float32", bound=None, specials=False):
 
 def groups(dtype="float32", max_members=9, bound=1e6):
     """Lists of arrays of one shape."""
-    return shapes.flatmap(lambda shape: st.lists(arrays(shape, dtype, bound), min_size=2, max_size=max_members))
+    sizes = st.sampled_from(sorted({2, max_members})) if FEW else st.integers(2, max_members)
+    return st.tuples(shapes, sizes).flatmap(
+        lambda chosen: st.tuples(*[arrays(chosen[0], dtype, bound)] * chosen[1]).map(list)
+    )
 
 
 def stacks(min_members=1, max_members=20, min_dims=0):
     """Arrays of shape `(n, ...)` for n members, in eighths so that many entries are equal and no difference is tiny."""
     numbers = st.integers(-2, 2) | st.integers(-80, 80).map(lambda eighths: eighths / 8)
-    sizes = st.tuples(
-        st.integers(min_members, max_members), hnp.array_shapes(min_dims=min_dims, max_dims=2, max_side=3)
-    )
+    dims = hnp.array_shapes(min_dims=min_dims, max_dims=2, max_side=3)
+    sizes = st.tuples(st.integers(min_members, max_members), dims)
+    if FEW:
+        few = [(1, (3,)), (2, ()), (3, (2,)), (4, (2, 3)), (18, (3,))]
+        sizes = st.sampled_from(
+            [(n, shape) for n, shape in few if min_members <= n <= max_members and len(shape) >= min_dims]
+        )
     return sizes.flatmap(lambda size: hnp.arrays(np.float64, (size[0], *size[1]), elements=numbers))
 
 

@@ -28,7 +28,7 @@ def tied_towers(n=3, *, seed=1, inner=None, by_hand=False, **kwargs):
         registry.tie("towers", kernels(model), Equal())
     else:
         registry.link(model)
-    return model, registry, TiedOptimizer(inner or keras.optimizers.Adam(0.05), registry)
+    return model, registry, TiedOptimizer(inner or keras.optimizers.SGD(0.05, momentum=0.9), registry)
 
 
 def train(model, *callbacks, epochs=2, **kwargs):
@@ -49,7 +49,7 @@ def ones(variables):
 
 
 def test_there_is_one_set_of_slots_a_group():
-    model, _, optimizer = tied_towers(4)
+    model, _, optimizer = tied_towers(4, inner=keras.optimizers.Adam(0.05))
     assert len(model.trainable_variables) == 10
     optimizer.build(model.trainable_variables)
     paths = [tuple(variable.shape) for variable in optimizer.variables]
@@ -173,7 +173,9 @@ def test_sparse_gradients_stay_sparse_unless_one_is_dense(dense):
 
 
 @pytest.mark.parametrize(
-    ("frozen", "mode"), [((0,), QUICK), ((0, 1, 2), QUICK), *(((2,), mode) for mode in MODES)], ids=str
+    ("frozen", "mode"),
+    [((0,), QUICK), ((0, 1, 2), QUICK), *(((2,), mode) for mode in MODES if mode != QUICK)],
+    ids=str,
 )
 def test_a_group_with_a_frozen_member_stays_while_the_rest_trains(frozen, mode):
     keras.utils.set_random_seed(1)
@@ -182,7 +184,7 @@ def test_a_group_with_a_frozen_member_stays_while_the_rest_trains(frozen, mode):
         kernel.assign(np.full((5, 4), 0.25))
     registry = equalize.GroupRegistry()
     registry.tie("towers", kernels(model), Equal())
-    optimizer = TiedOptimizer(keras.optimizers.Adam(0.05), registry)
+    optimizer = TiedOptimizer(keras.optimizers.SGD(0.05, momentum=0.9), registry)
     head = bits(model.get_layer("head").kernel)
     fit(model, registry, optimizer=optimizer, **MODES[mode])
     assert {bits(kernel) for kernel in kernels(model)} == {np.full((5, 4), 0.25, "float32").tobytes()}
@@ -276,7 +278,7 @@ def test_nothing_is_found_by_diagnose_that_concerns_members_one_by_one():
 # ---- files
 
 
-@pytest.mark.parametrize(("by_hand", "scaled"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("by_hand", "scaled"), [(False, False), (True, True)])
 def test_a_loaded_model_links_itself_and_trains_on_as_if_there_had_been_no_break(tmp_path, by_hand, scaled):
     model, registry, optimizer = tied_towers(by_hand=by_hand)
     model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse", **MODES[QUICK])
@@ -347,7 +349,7 @@ def test_weights_and_checkpoints_bring_back_the_same_run(tmp_path):
 def test_the_file_holds_each_slot_once(tmp_path):
     import h5py
 
-    model, _, optimizer = tied_towers()
+    model, _, optimizer = tied_towers(inner=keras.optimizers.Adam(0.05))
     model.compile(optimizer, "mse")
     optimizer.build(model.trainable_variables)
     model.save_weights(tmp_path / "model.weights.h5")

@@ -11,9 +11,7 @@ from tests.conftest import BACKEND, KERAS_3_5
 from tests.places import APART, DTYPES, PLACES, STEPS, WAYS
 
 ONE, *OTHERS = PLACES[BACKEND]
-# The one place with several devices that every run looks at, in these ways; the rest is slow.
-DEVICES = {"tensorflow": "MirroredStrategy", "jax": "ModelParallel, members sharded differently"}.get(BACKEND)
-DEVICE_WAYS = ("exact", "hard", "partial")
+QUICK_WAYS = ("exact", "hard", "partial")  # on one device; several devices need new processes and are slow
 
 
 def tried(name):
@@ -25,9 +23,7 @@ def tried(name):
 
 
 def quick(name, way, dtype):
-    if name == DEVICES:
-        return dtype == "float32" and way in DEVICE_WAYS
-    return not PLACES[BACKEND][name].several
+    return not PLACES[BACKEND][name].several and (name == ONE or (dtype == "float32" and way in QUICK_WAYS))
 
 
 def case(*values, way, dtype):
@@ -35,17 +31,17 @@ def case(*values, way, dtype):
 
 
 @functools.cache
-def elsewhere(name, only_quick):
+def elsewhere(name):
     if KERAS_3_5 and BACKEND == "jax" and PLACES[BACKEND][name].processes > 1:
         pytest.skip("`fit` of Keras 3.5 takes no data from several processes")
-    return places.runs(BACKEND, name, [pair for pair in tried(name) if quick(name, *pair) or not only_quick])
+    return places.runs(BACKEND, name, tried(name))
 
 
 @functools.cache
 def run(name, way, dtype):
     if not PLACES[BACKEND][name].several:
         return places.run_here(name, way, dtype)
-    return elsewhere(name, quick(name, way, dtype))[way, dtype]
+    return elsewhere(name)[way, dtype]
 
 
 @pytest.mark.parametrize(

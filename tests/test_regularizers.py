@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from keras import ops
 
 import equalize
+from equalize import penalties
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.views import Scale, Transpose
 from tests import references, strategies
-from tests.conftest import BACKEND, bits, data, fit, gradients, kernels, no_loss, towers
+from tests.conftest import MODES, XLA, bits, data, fit, gradients, kernels, no_loss, towers
 
 RULES = {
     MeanL2: references.mean_l2,
@@ -110,21 +111,40 @@ def test_views_pull_the_members_back_before_the_penalty_sees_them(rule):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("n", "frozen", "jit"), [(4, (), False), (4, (1,), False), (4, (), True), (18, (), True)])
-def test_a_step_of_fit_is_the_step_by_hand(rule, n, frozen, jit):
-    model = towers(n, regularizer=lambda: rule("g", 0.3), frozen=frozen)
+class Weight(keras.layers.Layer):
+    """A weight that nothing but its rule pulls."""
+
+    def __init__(self, rule, **arguments):
+        super().__init__(**arguments)
+        self.w = self.add_weight(shape=(5, 4), initializer="glorot_uniform", regularizer=rule)
+
+    def call(self, x):
+        return x
+
+
+@pytest.mark.parametrize(("mode", "few"), [*((mode, penalties._FEW) for mode in MODES), (XLA, 0)])
+def test_a_step_of_fit_is_the_step_by_hand(mode, few, monkeypatch):
+    monkeypatch.setattr(penalties, "_FEW", few)  # with 0, small groups take the forms that large ones do
+    rules = RULES if few else [PairwiseL1, PairwiseNorm]  # which have other forms
+    groups = {f"{rule.__name__}{n}": (rule, n) for rule in rules for n in (3, 4)}
+    layers = {name: [Weight(rule(name, 0.3)) for _ in range(n)] for name, (rule, n) in groups.items()}
+    for name, (_, n) in groups.items():
+        layers[name][1].trainable = n == 3
+    every = [layer for each in layers.values() for layer in each]
+    model = keras.Sequential([keras.Input((5,)), *every, keras.layers.Dense(1)])
     registry = equalize.GroupRegistry().link(model)
-    model.get_layer("head").kernel.assign(np.zeros((4 * n, 1)))  # so that the loss pulls none of the members
-    before = np.stack([ops.convert_to_numpy(kernel.value) for kernel in kernels(model)])
-    expected, slopes = RULES[rule](before.astype("float64"))
-    assert float(sum(ops.convert_to_numpy(loss) for loss in model.losses)) == pytest.approx(0.3 * expected, rel=1e-5)
-    assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(0.3 * expected, rel=1e-5)
-    jit = jit and BACKEND != "torch"
-    fit(model, optimizer=keras.optimizers.SGD(0.1), epochs=1, batch_size=32, jit_compile=jit)
-    slopes[list(frozen)] = 0.0
-    after = np.stack([ops.convert_to_numpy(kernel.value) for kernel in kernels(model)])
-    np.testing.assert_allclose(after, before - 0.1 * 0.3 * slopes, rtol=1e-5, atol=1e-6)
+    before = {name: np.stack([ops.convert_to_numpy(layer.w.value) for layer in layers[name]]) for name in groups}
+    found = {name: RULES[rule](before[name].astype("float64")) for name, (rule, _) in groups.items()}
+    for name, (expected, _) in found.items():
+        penalty = float(ops.convert_to_numpy(registry.penalty(name)))
+        losses = float(sum(ops.convert_to_numpy(loss) for layer in layers[name] for loss in layer.losses))
+        assert [penalty, losses] == pytest.approx([0.3 * expected] * 2, rel=1e-5), name
+    fit(model, optimizer=keras.optimizers.SGD(0.1), epochs=1, batch_size=32, **MODES[mode])
+    for name, (_, slopes) in found.items():
+        after = np.stack([ops.convert_to_numpy(layer.w.value) for layer in layers[name]])
+        moving = np.array([layer.trainable for layer in layers[name]]).reshape(-1, 1, 1)
+        expected = before[name] - 0.1 * 0.3 * slopes * moving
+        np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("rule", RULES)

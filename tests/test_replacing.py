@@ -14,7 +14,7 @@ from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2, PairwiseL2
 from equalize.views import Scale
-from tests.conftest import BACKEND, MODES, Recorder, bits, bitwise_equal, data, kernels, no_loss, towers
+from tests.conftest import BACKEND, MODES, QUICK, Recorder, bits, bitwise_equal, data, kernels, no_loss, towers
 
 ROAD = {
     "free": MeanL2(factor=0.0),
@@ -47,13 +47,13 @@ def distances(model):
 FACTORS = {"free": 1.0, "soft": 1 - 2 * 0.1 * 0.5, "partial": 0.75, "hard": 0.0}  # with SGD at 0.1
 
 
-@pytest.mark.parametrize("compile_again", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "compile_again"), [*((mode, False) for mode in MODES), (QUICK, True)])
 def test_every_switch_takes_effect_in_the_next_fit(mode, compile_again):
     model, registry, group = apart()
     model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
     train(model)
-    for name in ("soft", "free", "partial", "soft", "partial", "hard", "free"):
+    long = mode == QUICK and not compile_again
+    for name in ("soft", "free", "partial", "soft", "partial", "hard", "free") if long else ("partial", "hard", "free"):
         group.rule = ROAD[name]
         assert registry["towers"].rule.describe() == ROAD[name].describe()
         assert group.hard == (name == "hard")
@@ -80,7 +80,7 @@ class Switch(keras.callbacks.Callback):
 def test_every_switch_takes_effect_in_the_next_step_inside_a_running_fit(mode):
     model, _, group = apart()
     model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
-    names = ["soft", "partial", "free", "hard", "free"]
+    names = ["partial", "soft", "hard", "free"]
     recorder = Recorder(kernels(model))
     train(model, Switch(group, names), recorder, epochs=len(names))
     spreads = [np.ptp(step, axis=0)[0, 0] for step in recorder.values]
@@ -90,15 +90,15 @@ def test_every_switch_takes_effect_in_the_next_step_inside_a_running_fit(mode):
 
 def test_the_road_ends_in_an_exact_tie():
     model, registry, group = apart(3)
-    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     train(model, epochs=3)
     group.rule = Equal()
     registry.sync("mean")
-    optimizer = TiedOptimizer(keras.optimizers.Adam(0.01), registry)
+    optimizer = TiedOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), registry)
     model.compile(optimizer, "mse")
     train(model, epochs=3)
     registry.check()
-    assert sum(tuple(variable.shape) == (5, 4) for variable in optimizer.variables) == 2
+    assert sum(tuple(variable.shape) == (5, 4) for variable in optimizer.variables) == 1
 
 
 def test_the_sum_of_the_losses_is_that_of_the_new_rule():

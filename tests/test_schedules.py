@@ -34,8 +34,9 @@ def spreads(model, schedule, *, epochs=4, mode=QUICK):
     return [float(np.ptp(step, axis=0).max()) for step in recorder.values], run.history
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("rule", "slope"), [(MeanL2, 2 * RATE), (PairwiseL2, 4 * RATE)])
+@pytest.mark.parametrize(
+    ("rule", "slope", "mode"), [(PairwiseL2, 4 * RATE, QUICK), *((MeanL2, 2 * RATE, mode) for mode in MODES)]
+)
 def test_a_factor_that_changes_is_seen_by_the_steps_of_its_epoch(rule, slope, mode):
     model, registry = apart(rule(factor=1.0))
     factors = [0.0, 0.5, 2.0, 0.25]

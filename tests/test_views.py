@@ -14,7 +14,7 @@ from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.regularizers import MeanL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
 from tests import strategies
-from tests.conftest import MODES, QUICK, EveryStep, bits, fit, no_loss
+from tests.conftest import MODES, QUICK, XLA, EveryStep, bits, compile_quickly, fit, no_loss
 
 
 @st.composite
@@ -169,48 +169,53 @@ MEMBER_VIEWS = {
     "all scaled": [Scale(3), Scale(7)],
     "slice": [None, Slice((1, 2), (4, 4))],
     "chain": [None, Chain(Transpose(), Flip(1), Scale(-4)), Chain(Slice((2, 0), (4, 4)), Transpose())],
+    "factors": [None, Chain(Scale(0.7), Scale(0.1))],
 }
 
 
-def model_of(member_views, **arguments):
+def model_of(member_views):
     """Layers whose kernels show a 4×4 common value through views."""
     entrance = keras.Input((5,))
+    narrow, wide = (keras.layers.Dense(width, name=f"in_{width}")(entrance) for width in (4, 6))
     layers, outputs = [], []
     for i, view in enumerate(member_views):
-        part = [v for v in (view.views if isinstance(view, Chain) else [view]) if isinstance(v, Slice)]
-        width = 6 if part else 4
-        layer = keras.layers.Dense(width, activation="tanh", name=f"shown_{i}", **arguments)
-        outputs.append(layer(keras.layers.Dense(width, name=f"in_{i}")(entrance)))
-        layers.append(layer)
+        sliced = any(isinstance(part, Slice) for part in (view.views if isinstance(view, Chain) else [view]))
+        layers.append(keras.layers.Dense(6 if sliced else 4, activation="tanh", use_bias=False, name=f"shown_{i}"))
+        outputs.append(layers[-1](wide if sliced else narrow))
     return keras.Model(entrance, keras.layers.Dense(1)(keras.layers.Concatenate()(outputs))), layers
 
 
-def tie(kind, rule):
-    """A model whose layers are tied through the views of a kind: the model, its layers and the group."""
-    model, layers = model_of(MEMBER_VIEWS[kind])
-    pairs = zip(layers, MEMBER_VIEWS[kind], strict=True)
-    members = [layer.kernel if view is None else (layer.kernel, view) for layer, view in pairs]
-    return model, layers, equalize.GroupRegistry().tie("g", members, rule)
+def tie(rule, kinds=tuple(MEMBER_VIEWS)):
+    """A model whose layers are tied through the views of each kind: the model, its registry, layers by kind."""
+    model, made = model_of([view for kind in kinds for view in MEMBER_VIEWS[kind]])
+    registry, layers = equalize.GroupRegistry(), {}
+    for kind in kinds:
+        layers[kind] = [made.pop(0) for _ in MEMBER_VIEWS[kind]]
+        pairs = zip(layers[kind], MEMBER_VIEWS[kind], strict=True)
+        registry.tie(kind, [layer.kernel if view is None else (layer.kernel, view) for layer, view in pairs], rule)
+    return model, registry, layers
 
 
-@pytest.mark.parametrize("kind", MEMBER_VIEWS)
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_hard_ties_hold_through_views_after_every_step(kind, jit_compile):
-    if jit_compile and keras.backend.backend() == "torch":
-        pytest.skip("PyTorch is not compiled")
-    model, layers, group = tie(kind, Equal())
-    assert group.spread() == 0.0
-    before = bits(layers[1].kernel)
+def regression():
     x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
-    model.compile("adam", "mse", jit_compile=jit_compile)
-    watch = EveryStep({"g": group})
-    model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0, callbacks=[watch])
+    return x, x[:, :1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hard_ties_hold_through_views_after_every_step(mode):
+    model, registry, layers = tie(Equal())
+    assert set(registry.spread().values()) == {0.0}
+    before = {kind: bits(shown[1].kernel) for kind, shown in layers.items()}
+    x, y = regression()
+    watch = fit(model, registry, x=x, y=y, **MODES[mode])
     assert watch.steps == 8
-    assert bits(layers[1].kernel) != before
-    for member, view in zip(layers, MEMBER_VIEWS[kind], strict=True):
-        if kind in ("transpose", "flip", "rotate", "minus", "slice", "chain"):
-            common, value = (ops.convert_to_tensor(array(layer.kernel.value)) for layer in (layers[0], member))
-            assert array(common if view is None else view.forward(common, value)).tobytes() == array(value).tobytes()
+    for kind, shown in layers.items():
+        assert bits(shown[1].kernel) != before[kind], kind
+        for member, view in zip(shown, MEMBER_VIEWS[kind], strict=True):
+            if kind in ("transpose", "flip", "rotate", "minus", "slice", "chain"):
+                common, value = (ops.convert_to_tensor(array(layer.kernel.value)) for layer in (shown[0], member))
+                expected = common if view is None else view.forward(common, value)
+                assert array(expected).tobytes() == array(value).tobytes(), kind
 
 
 class Values(keras.callbacks.Callback):
@@ -230,15 +235,18 @@ class Values(keras.callbacks.Callback):
         return [array(layer.kernel.value).copy() for layer in self.layers]
 
 
-def values_under(rule, kind):
-    """What only the tie does to members that start apart: their values after each step of a `fit`."""
-    model, layers, group = tie(kind, rule)
-    model.compile(keras.optimizers.SGD(0.05), no_loss, **MODES[QUICK])
-    values = Values(layers)
-    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
-    model.fit(x, x[:, :1], batch_size=8, verbose=0, callbacks=[values])
+def values_under(rule):
+    """What only the tie does to members that start apart: for each kind, their values after each step of a `fit`."""
+    model, registry, layers = tie(rule)
+    every = [layer for shown in layers.values() for layer in shown]
+    x, y = regression()
+    values = Values(every)
+    compile_quickly(model, keras.optimizers.SGD(0.05), no_loss, **MODES[QUICK])
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[values])
     assert len(values.steps) == 5
-    return group.members, values.steps
+    for kind, shown in layers.items():
+        places = [every.index(layer) for layer in shown]
+        yield registry[kind].members, [[step[place] for place in places] for step in values.steps]
 
 
 def pulled(member, value):
@@ -252,30 +260,29 @@ def covered(member, common):
     return array(common if member.view is None else member.view.forward(common, zeros))
 
 
-@pytest.mark.parametrize("kind", MEMBER_VIEWS)
-def test_soft_ties_pull_through_views_by_the_gradient_of_the_penalty_in_every_step(kind):
-    members, steps = values_under(MeanL2(factor=0.3), kind)
-    for before, after in itertools.pairwise(steps):
-        common = [pulled(member, value) for member, value in zip(members, before, strict=True)]
-        for member, old, new, own in zip(members, before, after, common, strict=True):
-            gradient = 2 * 0.3 * covered(member, own - np.mean(common, axis=0)) / member.gain**2
-            assert np.any(new != old)
-            np.testing.assert_allclose(new, old - 0.05 * gradient, rtol=1e-5, atol=1e-6)
-            free = covered(member, np.ones_like(own)) == 0
-            assert np.array_equal(new[free], old[free])
+def test_soft_ties_pull_through_views_by_the_gradient_of_the_penalty_in_every_step():
+    for members, steps in values_under(MeanL2(factor=0.3)):
+        for before, after in itertools.pairwise(steps):
+            common = [pulled(member, value) for member, value in zip(members, before, strict=True)]
+            for member, old, new, own in zip(members, before, after, common, strict=True):
+                gradient = 2 * 0.3 * covered(member, own - np.mean(common, axis=0)) / member.gain**2
+                assert np.any(new != old)
+                np.testing.assert_allclose(new, old - 0.05 * gradient, rtol=1e-5, atol=1e-6)
+                free = covered(member, np.ones_like(own)) == 0
+                assert np.array_equal(new[free], old[free])
 
 
-@pytest.mark.parametrize("kind", MEMBER_VIEWS)
-def test_partial_ties_pull_through_views_by_their_rate_in_every_step(kind):
-    members, steps = values_under(Equal(rate=0.25), kind)
-    squares = [member.gain**2 for member in members]
-    mean = np.average([pulled(m, value) for m, value in zip(members, steps[0], strict=True)], axis=0, weights=squares)
-    for i, after in enumerate(steps):
-        for member, start, value in zip(members, steps[0], after, strict=True):
-            expected = mean + (pulled(member, start) - mean) * 0.75**i
-            np.testing.assert_allclose(pulled(member, value), expected, rtol=1e-5, atol=1e-5)
-            free = covered(member, np.ones_like(expected)) == 0
-            assert np.array_equal(value[free], start[free])
+def test_partial_ties_pull_through_views_by_their_rate_in_every_step():
+    for members, steps in values_under(Equal(rate=0.25)):
+        squares = [member.gain**2 for member in members]
+        start = [pulled(member, value) for member, value in zip(members, steps[0], strict=True)]
+        mean = np.average(start, axis=0, weights=squares)
+        for i, after in enumerate(steps):
+            for member, first, value in zip(members, steps[0], after, strict=True):
+                expected = mean + (pulled(member, first) - mean) * 0.75**i
+                np.testing.assert_allclose(pulled(member, value), expected, rtol=1e-5, atol=1e-5)
+                free = covered(member, np.ones_like(expected)) == 0
+                assert np.array_equal(value[free], first[free])
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -295,9 +302,8 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_compiled_step_gives_all_members_one_value(optimizer, mode):
+def test_a_compiled_step_gives_all_members_one_value(optimizer):
     """XLA would compute it anew for each, and round it differently (JAX 0.12 on CPUs)."""
     entrance = keras.Input((4,))
     layers = [keras.layers.Dense(4, activation="tanh") for _ in range(3)]
@@ -306,7 +312,7 @@ def test_a_compiled_step_gives_all_members_one_value(optimizer, mode):
     registry = equalize.GroupRegistry()
     registry.tie("g", [(first, Scale(-1)), second, (third, Transpose())], Equal(inner=Ceiling()))
     model.compile(
-        keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.1}}), "mse", **MODES[mode]
+        keras.optimizers.get({"class_name": optimizer, "config": {"learning_rate": 0.1}}), "mse", **MODES[XLA]
     )
     x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
     watch = EveryStep(registry)
@@ -314,30 +320,33 @@ def test_a_compiled_step_gives_all_members_one_value(optimizer, mode):
     assert watch.steps == 16
 
 
-@pytest.mark.parametrize("kind", ["transpose", "minus", "slice"])
-@pytest.mark.parametrize("name", INNER)
-def test_an_inner_constraint_holds_for_the_common_value_behind_views_after_every_step(name, kind):
-    inner, holds = INNER[name]
-    model, layers, group = tie(kind, Equal(inner=inner))
-    values = Values(layers)
-    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
-    watch = EveryStep({"g": group})
-    model.compile(keras.optimizers.SGD(0.2), "mse", **MODES[QUICK])
-    model.fit(x, x[:, :1], batch_size=8, verbose=0, callbacks=[watch, values])
+def test_an_inner_constraint_holds_for_the_common_value_behind_views_after_every_step():
+    cases = [(name, kind) for name in INNER for kind in ("transpose", "minus", "slice")]
+    model, made = model_of([view for _, kind in cases for view in MEMBER_VIEWS[kind]])
+    registry = equalize.GroupRegistry()
+    firsts, seconds = made[::2], made[1::2]
+    for (name, kind), first, second in zip(cases, firsts, seconds, strict=True):
+        members = [first.kernel, (second.kernel, MEMBER_VIEWS[kind][1])]
+        registry.tie(f"{name}, {kind}", members, Equal(inner=INNER[name][0]))
+    x, y = regression()
+    values, watch = Values(firsts), EveryStep(registry)  # the first members show the common values as they are
+    compile_quickly(model, keras.optimizers.SGD(0.2), "mse", **MODES[QUICK])
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[watch, values])
     assert watch.steps == 4
-    commons = [kernel for kernel, *_ in values.steps[1:]]  # the first member shows the common value as it is
-    assert all(holds(common) for common in commons)
-    assert len({common.tobytes() for common in commons}) == 4
+    for case, commons in zip(cases, zip(*values.steps[1:], strict=True), strict=True):
+        _, holds = INNER[case[0]]
+        assert all(holds(common) for common in commons), case
+        assert len({common.tobytes() for common in commons}) == 4, case
 
 
-@pytest.mark.parametrize("kind", MEMBER_VIEWS)
-def test_projecting_again_changes_no_bit_through_views(kind):
-    _model, layers, group = tie(kind, Equal())
-    group.project()
-    once = [bits(layer.kernel) for layer in layers]
+def test_projecting_again_changes_no_bit_through_views():
+    _model, registry, layers = tie(Equal())
+    kernels = [layer.kernel for shown in layers.values() for layer in shown]
+    registry.project()
+    once = [bits(kernel) for kernel in kernels]
     for _ in range(3):
-        group.project()
-        assert [bits(layer.kernel) for layer in layers] == once
+        registry.project()
+        assert [bits(kernel) for kernel in kernels] == once
 
 
 def test_the_free_part_of_a_sliced_member_trains_alone():
@@ -403,17 +412,6 @@ def test_a_chain_multiplies_its_factors_once():
     assert np.array_equal(array(chain.forward(ops.convert_to_tensor(x))), expected)
     assert Chain.from_config(chain.get_config()) == chain
     assert Chain(Scale(0.5), Scale(2.0)).forward(x) is x
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_chain_of_factors_is_equal_after_training(mode):
-    view = Chain(Scale(0.7), Scale(0.1))
-    model, (plain, scaled) = model_of([None, view])
-    registry = equalize.GroupRegistry()
-    registry.tie("g", [plain.kernel, (scaled.kernel, view)], Equal())
-    x = np.random.default_rng(0).normal(size=(32, 5)).astype("float32")
-    fit(model, registry, x=x, y=x[:, :1], **MODES[mode])
-    registry.check()
 
 
 @given(st.data())
