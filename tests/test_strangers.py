@@ -177,9 +177,7 @@ def test_each_layer_that_takes_constraints_is_trained_saved_linked_and_trained_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["model", "layer"])
-def test_two_mobile_nets_under_other_names_are_tied_shared_and_saved(by, tmp_path):
-    keras.utils.set_random_seed(0)
+def test_two_mobile_nets_under_other_names_are_tied_layer_by_layer_shared_and_saved(tmp_path):
     entrance = keras.Input((32, 32, 3))
 
     def net(rename):
@@ -195,16 +193,12 @@ def test_two_mobile_nets_under_other_names_are_tied_shared_and_saved(by, tmp_pat
     nets = [net(lambda name: f"left_{name}"), net(lambda name: f"{name}_right")]
     model = keras.Model(entrance, used_twice(*nets, entrance))
     registry = equalize.GroupRegistry()
-    if by == "model":
-        groups = registry.tie("nets", nets, Equal())
-    else:
-        groups = []
-        for index, pair in enumerate(zip(*(net.layers for net in nets), strict=True)):
-            if pair[0].trainable_weights:
-                groups += registry.tie(f"layer_{index}", list(pair), Equal())
+    groups = []
+    for index, pair in enumerate(zip(*(net.layers for net in nets), strict=True)):
+        if pair[0].trainable_weights:
+            groups += registry.tie(f"layer_{index}", list(pair), Equal())
     assert len(groups) == len(nets[0].trainable_weights)
-    # A step of a model of this size takes minutes to compile.
-    model.compile(TiedOptimizer(keras.optimizers.SGD(0.01), registry), "mse", run_eagerly=True)
+    compile_small(model, TiedOptimizer(keras.optimizers.SGD(0.01), registry))
     train(model, registry)
     path = tmp_path / "model.keras"
     model.save(path)
@@ -220,6 +214,43 @@ def test_two_mobile_nets_under_other_names_are_tied_shared_and_saved(by, tmp_pat
     expected = model.predict(x, verbose=0)
     model.save(path)
     assert np.array_equal(keras.models.load_model(path, compile=False).predict(x, verbose=0), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_backbones_of_keras_hub_are_tied_saved_linked_and_shared(tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+
+    def twins():
+        sizes = {"vocabulary_size": 5, "num_layers": 2, "num_heads": 2, "hidden_dim": 4, "intermediate_dim": 6}
+        nets = [keras_hub.models.T5Backbone(**sizes, dropout=0.0) for _ in range(2)]
+        entrance = keras.Input((3,), dtype="int32")
+        masks = {f"{side}_padding_mask": ops.ones_like(entrance) for side in ("encoder", "decoder")}
+        tokens = {f"{side}_token_ids": entrance for side in ("encoder", "decoder")}
+
+        def net(index):
+            return lambda ids: nets[index](masks | tokens)["decoder_sequence_output"]
+
+        return nets, keras.Model(entrance, used_twice(net(0), net(1), entrance))
+
+    nets, model = twins()
+    registry = equalize.GroupRegistry()
+    groups = registry.tie("nets", nets, Equal())
+    assert len(groups) == len(nets[0].trainable_weights)
+    compile_small(model, TiedOptimizer(keras.optimizers.Adam(0.01), registry))
+    train(model, registry)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    train(loaded, loaded.optimizer.registry)
+    assert len(loaded.optimizer.registry) == len(groups)
+    others, other_model = twins()
+    linked = equalize.GroupRegistry.from_config(registry.get_config()).link(other_model)
+    weights = [list(map(id, net.trainable_weights)) for net in others]
+    found = [[id(member.variable) for member in group.members] for group in linked.values()]
+    assert sorted(found) == sorted(map(list, zip(*weights, strict=True)))
+    registry.untie()
+    equalize.share(*nets)
+    assert set(equalize.relation(*nets).values()) == {"same"}
 
 
 # ---- modules and functions of other libraries
