@@ -462,7 +462,7 @@ def _treatment(optimizer: Any, variable: keras.Variable) -> Iterator[tuple[str, 
     """What an optimizer decides variable by variable: for each setting its value, and how to make it agree."""
     for nested in nesting.from_outside_in(optimizer):
         choose = getattr(nested, "_optimizer_map", None)  # of a MultiOptimizer (Keras 3.15)
-        if choose is not None:
+        if callable(choose):  # Keras refuses the rest when it makes slots
             chosen = choose(variable)
             yield "optimizer", (chosen, "Map the paths of all members to one optimizer.")
             yield from _treatment(chosen, variable)

@@ -56,12 +56,23 @@ def chain(way, optimizer):
     return array(layers[0].kernel)
 
 
+def with_everything(kind, rate):
+    """An optimizer that averages, accumulates and scales the loss, all at once."""
+    settings = {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 3, "gradient_accumulation_steps": 2}
+    return keras.optimizers.LossScaleOptimizer(getattr(keras.optimizers, kind)(rate, **settings))
+
+
 OPTIMIZERS = {
     "plain": lambda: keras.optimizers.SGD(0.06),
     "averages": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.9),
     "accumulation": lambda: keras.optimizers.SGD(0.05, momentum=0.9, gradient_accumulation_steps=2),
     "loss scaling": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05)),
+    "SGD with everything": lambda: with_everything("SGD", 0.05),
+    "Adam with everything": lambda: with_everything("Adam", 0.01),
+    "Lion with everything": lambda: with_everything("Lion", 0.01),
 }
+if hasattr(keras.optimizers, "Muon"):
+    OPTIMIZERS["Muon with everything"] = lambda: with_everything("Muon", 0.01)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
