@@ -17,9 +17,10 @@ from keras import ops
 
 from equalize import arguments, backend, nesting, plotting, retracing
 from equalize.arguments import received
-from equalize.constraints import Equal, asymmetry, has_invariant
+from equalize.constraints import Equal
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.groups import Group
+from equalize.invariance import asymmetry, has_invariant
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
 

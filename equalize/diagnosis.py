@@ -9,9 +9,9 @@ import keras
 from equalize import nesting, retracing
 from equalize.arguments import counted
 from equalize.binding import own_regularizer, rules_on
-from equalize.constraints import has_invariant
 from equalize.effects import Effect, described, same
 from equalize.groups import Group, pulled_arrays
+from equalize.invariance import has_invariant
 from equalize.rules import Rule
 
 EQUALIZE = (

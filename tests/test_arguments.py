@@ -346,7 +346,8 @@ CALLED_BY_KERAS = {
     "apply_gradients",  # hands over to `apply`
     "exclude_from_weight_decay",
     "finalize_variable_values",
-    "learning_rate",
+    *("learning_rate", "weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "gradient_accumulation_steps"),
+    *("use_ema", "ema_momentum", "ema_overwrite_frequency"),
     "load_own_variables",
     "loss_scale_factor",
     "save_own_variables",
