@@ -17,7 +17,7 @@ from equalize.constraints import Equal, Invariant
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
-from tests.conftest import BACKEND, bits, shown_alike
+from tests.conftest import BACKEND, bits, in_new_processes, shown_alike
 
 pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles no step on PyTorch")
 
@@ -147,9 +147,16 @@ def test_random_groups_are_equal_after_every_compiled_step():
     assert train_random_groups(0, 6) == []
 
 
+def require_equal_groups(first, last):
+    assert [found for seed in range(int(first), int(last)) for found in train_random_groups(seed, 16)] == []
+
+
 @pytest.mark.fuzz
 def test_two_thousand_random_groups_are_equal_after_every_compiled_step():
-    assert [found for seed in range(1, 126) for found in train_random_groups(seed, 16)] == []
+    """In several processes, since what XLA has compiled is never given back."""
+    parts = [(first, first + 25) for first in range(1, 126, 25)]
+    for two in (parts[:2], parts[2:4], parts[4:]):
+        in_new_processes(require_equal_groups, two, timeout=7200)
 
 
 class Waves(keras.layers.Layer):

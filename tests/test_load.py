@@ -275,7 +275,7 @@ def live(cycles, looks, tied=True):
             elif rule is None:
                 registry.untie()
             else:
-                registry.tie("lasting", kernels(lasting), rule)
+                registry.tie("lasting", kernels(lasting), rule, initial="mean")
             lasting.train_on_batch(x, y)
         if cycle % (cycles // looks) == 0:
             del clone, linked

@@ -177,6 +177,7 @@ def test_each_layer_that_takes_constraints_is_trained_saved_linked_and_trained_a
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX compiles each operation of the two nets, for minutes")
 def test_two_mobile_nets_under_other_names_are_tied_layer_by_layer_shared_and_saved(tmp_path):
     entrance = keras.Input((32, 32, 3))
 
