@@ -212,9 +212,11 @@ def test_two_mobile_nets_under_other_names_are_tied_layer_by_layer_shared_and_sa
     relations = equalize.relation(*nets)
     assert {relations[name] for name in relations if "moving" not in name} == {"same"}
     x = inputs_like(model)
-    expected = model.predict(x, verbose=0)
     model.save(path)
-    assert np.array_equal(keras.models.load_model(path, compile=False).predict(x, verbose=0), expected)
+    loaded = keras.models.load_model(path, compile=False)
+    assert all(map(np.array_equal, loaded.get_weights(), model.get_weights()))
+    # Two graphs of the same weights may add in two orders.
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow
