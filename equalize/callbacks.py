@@ -171,7 +171,7 @@ class TieMonitor(keras.callbacks.Callback):
             subject, project = variable.path, functools.partial(_project, variable)
             if isinstance(constraint, Equal):
                 group, member = constraint.bound_group, constraint.bound_member
-                if group is None or not group.hard:
+                if group is None or member is None or not group.hard:
                     continue
                 subject, project, value = group.name, group.project, member.pull(value)
             off = asymmetry(constraint, value)
@@ -237,7 +237,7 @@ def _running_callbacks() -> list[keras.callbacks.Callback]:
     frame = sys._getframe().f_back
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
+        if caller is not None and isinstance(caller, keras.callbacks.CallbackList):
             return list(caller.callbacks)
         frame = frame.f_back
     return []

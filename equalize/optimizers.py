@@ -155,14 +155,18 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             TieBrokenError: The members of a hard group are not equal.
             GroupMismatchError: A part of a group is given, or the inner optimizer treats members differently.
         """
+        self._build(variables, loading=self._loaded and self._handed is None)
+
+    def _build(self, variables: Any, *, loading: bool) -> None:
+        """Builds as `build` says. Keras builds what it loads, trained or not: without ties that waits for training."""
         variables = self._checked("variables", variables)
         if self.built or not variables:  # all is frozen, or Keras reads an HDF5 file before it knows the variables
             return
         if self._loaded:
             self._link(variables)
         leads = self._leads(variables)
-        if self._loaded and not leads and self._handed is None:
-            self._loaded = False  # Keras builds what it loads, trained or not; training asks again
+        if loading and not leads:
+            self._loaded = False
             return
         for lead in leads:
             _require_all_members(lead)
@@ -228,10 +232,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                     "`apply` was given gradients without variables, and the optimizer is not built. Expected: "
                     "`apply(gradients, variables)`, or `build(variables)` before."
                 )
-            self.build(list(trainable_variables))
-        if self._built is None:
-            self._require_leads([])
-        if trainable_variables is None:
+            self._build(trainable_variables, loading=False)
+        if trainable_variables is None or self._built is None:
             indices: Sequence[int] = range(len(self._trained))
         else:
             indices = self._built.indices(self._checked("trainable_variables", trainable_variables))

@@ -369,12 +369,16 @@ def trained_with_averages(*, repair=None, tie=False):
     if tie:
         registry.tie("pair", [layer.kernel for layer in layers], Equal(inner=Invariant([Transpose()])))
         optimizer = TiedOptimizer(optimizer, registry)
-    monitor = None if repair is None else TieMonitor(registry, repair=repair)
+    monitor = TieMonitor(registry, repair=bool(repair))
+    callbacks = [monitor]
+    if repair is None:
+        callbacks.clear()
+        registry.monitors.clear()
     compile_quickly(model, optimizer, "mse")
     found = {finding.subject for finding in registry.diagnose(model) if finding.kind == "ema"}
     assert found == (set() if repair else {layer.kernel.path for layer in layers})
     before = bits(frozen.kernel)
-    model.fit(*data(), batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[] if monitor is None else [monitor])
+    model.fit(*data(), batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
     assert bits(frozen.kernel) == before
     return [layer.kernel for layer in layers], monitor
 
