@@ -91,10 +91,11 @@ class Inspection(Mapping[str, Group]):
     def diagnose(self, *models: keras.Model) -> list[Finding]:
         """What may go wrong with the ties though nothing is broken yet, each with a fix.
 
-        Looks at the groups, and at models with their optimizers: averaging of weights without a monitor, clipping by
-        the global norm, weight decay of some members only, partial averaging under gradient accumulation, rules that
-        LoRA or quantization dropped or that were never linked, regularizers of members that differ, members that an
-        optimizer on JAX does not reach, members that no longer exist, hard groups that are not equal.
+        Looks at the groups, and at models with their optimizers: averaging of weights without a monitor, of members
+        and of kernels that `Invariant` keeps, clipping by the global norm, weight decay of some members only, partial
+        averaging under gradient accumulation, rules that LoRA or quantization dropped, that were never linked, or
+        that a layer hands to several weights, regularizers of members that differ, members that an optimizer on JAX
+        does not reach, members that no longer exist, hard groups that are not equal.
 
         Args:
             *models: The models to look at. Without any it looks at those that were linked and at all that hold a
