@@ -70,9 +70,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     tied, are trained as ever. Entries of a member that a `Slice` leaves free have slots of their own.
 
     The learning rate, `iterations`, `variables`, settings such as `use_ema` and `clipnorm`, and what callbacks do with
-    them are the inner optimizer's. What it
-    decides variable by variable, for instance by `exclude_from_weight_decay` or a `MultiOptimizer`, must be the same
-    for all members of a group. What writes variables by the inner optimizer's list, as
+    them are the inner optimizer's. What it decides variable by variable, for instance by `exclude_from_weight_decay`
+    or a `MultiOptimizer`, must be the same for all members of a group. What writes variables by its list, as
     `keras.callbacks.SwapEMAWeights` does, writes one member only: train with `equalize.callbacks.TieMonitor` after
     it, or call `follow`.
 
