@@ -91,20 +91,20 @@ def replace(group: Group, rule: Rule) -> None:
         matching.require_no_other_hard_group(group.name, members, besides=group)
         group.require_anchors_agree()
     inner = binding.inner_for(group.name, rule, members, besides=group)
-    kept = group.rule.given if rule.slot == group.rule.slot else None  # it stays on the variables, and so in the config
+    given = group.rule.given if rule.slot == group.rule.slot else None  # it stays on the variables, so in the config
     binding.detach(group)
     for member, kept in zip(members, inner, strict=True):
         if not member.constant:
             binding.attach(rule, group, member, kept)
-    group.adopt(_for_group(rule, members, inner, kept), members)
+    group.adopt(_for_group(rule, members, inner, given), members)
     group.hold_anchors()
     retracing.retrace([member.variable for member in members])
 
 
-def _for_group(rule: Rule, members: Sequence[Member], inner: Sequence[Any], kept: Any = None) -> Rule:
+def _for_group(rule: Rule, members: Sequence[Member], inner: Sequence[Any], given: Any = None) -> Rule:
     """The rule of a whole group, with the members' common inner constraint where it is a projection."""
     template = rule.template(binding.common_inner(rule, members, inner))
-    template.given = kept if rule.inner is None else rule.inner
+    template.given = given if rule.inner is None else rule.inner
     return template
 
 

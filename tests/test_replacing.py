@@ -265,3 +265,16 @@ def test_a_rule_that_is_replaced_leaves_its_inner_constraint_in_the_config():
     registry["towers"].rule = Equal()
     copy = equalize.GroupRegistry.from_config(registry.get_config()).link(keras.models.clone_model(model))
     assert copy["towers"].rule.describe() == registry["towers"].rule.describe() == "Equal(inner='NonNeg')"
+
+
+def test_a_rule_that_is_replaced_does_not_take_over_what_the_layers_have_themselves():
+    layers = [keras.layers.Dense(2, kernel_constraint="non_neg", kernel_regularizer="l2") for _ in range(2)]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    registry = equalize.GroupRegistry()
+    for rule, other in ((Equal(rate=0.5), Equal()), (MeanL2(factor=0.5), PairwiseL2(factor=0.5))):
+        registry.tie("pair", [layer.kernel for layer in layers], rule)
+        registry["pair"].rule = other
+        (entry,) = registry.get_config()["groups"]
+        assert entry["rule"]["config"]["inner"] is None
+        registry.untie()
+    del model

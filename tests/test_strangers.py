@@ -266,6 +266,15 @@ def tied_pair(first, second, inputs):
     return model, registry
 
 
+def train_pair(layers, inputs, exact, *, groups):
+    model, registry = tied_pair(*layers, inputs)
+    assert len(registry) == groups
+    optimizer = keras.optimizers.Adam(0.01)
+    compile_small(model, TiedOptimizer(optimizer, registry) if exact else optimizer)
+    train(model, registry)
+    train(model, registry)
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="a module of PyTorch is trained by PyTorch")
 @pytest.mark.parametrize("exact", [False, True])
 def test_modules_of_pytorch_are_tied(exact):
@@ -276,12 +285,7 @@ def test_modules_of_pytorch_are_tied(exact):
 
     layers = [keras.layers.TorchModuleWrapper(module(), output_shape=(None, 3)) for _ in range(2)]
     inputs = keras.Input((4,))
-    model, registry = tied_pair(*layers, inputs)
-    assert len(registry) == 4
-    optimizer = keras.optimizers.Adam(0.01)
-    compile_small(model, TiedOptimizer(optimizer, registry) if exact else optimizer)
-    train(model, registry)
-    train(model, registry)
+    train_pair(layers, inputs, exact, groups=4)
     parameters = zip(*(layer.module.parameters() for layer in layers), strict=True)
     assert all(torch.equal(one, other) for one, other in parameters)
 
@@ -307,12 +311,7 @@ def test_functions_of_jax_are_tied(exact):
     pytest.importorskip("jax")
     inputs = keras.Input((4,))
     layers = [jax_layer(0), jax_layer(1)]
-    model, registry = tied_pair(*layers, inputs)
-    assert len(registry) == 3
-    optimizer = keras.optimizers.Adam(0.01)
-    compile_small(model, TiedOptimizer(optimizer, registry) if exact else optimizer)
-    train(model, registry)
-    train(model, registry)
+    train_pair(layers, inputs, exact, groups=3)
 
 
 # ---- models that keep their layers in lists and dictionaries
