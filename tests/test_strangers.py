@@ -214,8 +214,8 @@ def test_two_mobile_nets_under_other_names_are_tied_layer_by_layer_shared_and_sa
     x = inputs_like(model)
     model.save(path)
     loaded = keras.models.load_model(path, compile=False)
-    for net in nets:  # one by one, since the model counts what they share once
-        np.testing.assert_equal(loaded.get_layer(net.name).get_weights(), net.get_weights())
+    for each in nets:  # one by one, since the model counts what they share once
+        np.testing.assert_equal(loaded.get_layer(each.name).get_weights(), each.get_weights())
     # Two graphs of the same weights may add in two orders.
     np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-4, atol=1e-7)
 
