@@ -16,9 +16,9 @@ Example:
 """
 
 from equalize import callbacks, constraints, errors, optimizers, regularizers, views
+from equalize._ties.group import Group
+from equalize._ties.member import Member
 from equalize._version import __version__
-from equalize.groups import Group
-from equalize.members import Member
 from equalize.registry import GroupRegistry
 from equalize.sharing import relation, share
 

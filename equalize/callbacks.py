@@ -15,12 +15,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import arguments, backend, nesting, plotting, retracing
-from equalize.arguments import received
-from equalize.constraints import Equal
+from equalize import _backend as backend
+from equalize._backend import living, wrapping
+from equalize._inputs import arguments
+from equalize._inputs.arguments import received
+from equalize._reports import plots
+from equalize._reports.invariance import asymmetry, has_invariant
+from equalize._ties.bound import Bound
+from equalize._ties.group import Group
 from equalize.errors import EqualizeError, NotLinkedError
-from equalize.groups import Group
-from equalize.invariance import asymmetry, has_invariant
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
 
@@ -137,14 +140,14 @@ class TieMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # `fit` calls `optimizer.finalize_variable_values` before this on all backends (Keras 3.5 and 3.15).
-        hard = {name: spread for name, spread in self._spread().items() if self.registry[name].hard}
+        hard = {name: spread for name, spread in self._spread().items() if self.registry[name].rule.enforced}
         unequal = {name: spread for name, spread in hard.items() if not spread <= self.atol}
         if self.repair and unequal:
             self.registry.sync("mean", *unequal)
-        lopsided = self._lopsided()
-        self.broken = unequal | {subject: off for subject, (off, _) in lopsided.items()}
+        asymmetric = self._asymmetric()
+        self.broken = unequal | {subject: off for subject, (off, _) in asymmetric.items()}
         if self.repair:
-            for _, project in lopsided.values():
+            for _, project in asymmetric.values():
                 project()
         elif self.broken:
             listed = ", ".join(f"'{name}' (spread {spread:g})" for name, spread in unequal.items())
@@ -152,16 +155,17 @@ class TieMonitor(keras.callbacks.Callback):
                 f"Hard groups that are not equal at the end of training: {len(unequal)} of {len(hard)}; expected a "
                 f"spread of at most {self.atol:g}, received: {listed}. "
             )
-            listed = ", ".join(f"'{subject}' (off by {off:g})" for subject, (off, _) in lopsided.items())
+            listed = ", ".join(f"'{subject}' (off by {off:g})" for subject, (off, _) in asymmetric.items())
             kernels = f"Kernels that are not as their `Invariant` has them at the end of training: {listed}. "
             warnings.warn(
-                f"{groups if unequal else ''}{kernels if lopsided else ''}Averaging of weights (`use_ema`) does this. "
+                f"{groups if unequal else ''}{kernels if asymmetric else ''}"
+                "Averaging of weights (`use_ema`) does this. "
                 'Give TieMonitor `repair=True`, or call `registry.sync("mean")`, which is exact.',
                 UserWarning,
                 stacklevel=2,
             )
 
-    def _lopsided(self) -> dict[str, tuple[float, Callable[[], Any]]]:
+    def _asymmetric(self) -> dict[str, tuple[float, Callable[[], Any]]]:
         """What an `Invariant` keeps and is not invariant, by group or path: how far off, and how to project it."""
         found: dict[str, tuple[float, Callable[[], Any]]] = {}
         for variable in self.model.trainable_variables:
@@ -169,11 +173,11 @@ class TieMonitor(keras.callbacks.Callback):
             if not has_invariant(constraint):
                 continue
             subject, project = variable.path, functools.partial(_project, variable)
-            if isinstance(constraint, Equal):
-                group, member = constraint.bound_group, constraint.bound_member
-                if group is None or member is None or not group.hard:
+            if isinstance(constraint, Bound):
+                group, value = constraint.group, constraint.member.pull(value)
+                if not group.hard:
                     continue
-                subject, project, value = group.name, group.project, member.pull(value)
+                subject, project, constraint = group.name, group.project, group.inner
             off = asymmetry(constraint, value)
             if not off <= self.atol:
                 found.setdefault(subject, (off, project))
@@ -193,7 +197,7 @@ class TieMonitor(keras.callbacks.Callback):
 
     def _averaging(self) -> Iterator[TiedOptimizer]:
         """The optimizers of the model that keep averages of one member in place of all."""
-        for optimizer in nesting.everything(getattr(self.model, "optimizer", None)):
+        for optimizer in wrapping.everything(getattr(self.model, "optimizer", None)):
             if isinstance(optimizer, TiedOptimizer) and optimizer.averages:
                 yield optimizer
 
@@ -208,7 +212,7 @@ class TieMonitor(keras.callbacks.Callback):
             EqualizeError: No epoch has ended, the suffix is another, or the folder does not exist.
             ImportError: matplotlib is not installed; the extra `plot` brings it.
         """
-        plotting.plot_spread(self.history, path)
+        plots.plot_spread(self.history, path)
 
     def _follow(self) -> None:
         """Under a TiedOptimizer, gives all members what `SwapEMAWeights` wrote to one."""
@@ -299,7 +303,7 @@ class FactorSchedule(keras.callbacks.Callback):
                 f"FactorSchedule has nothing to change in the model '{self.model.name}': none of {self.names} has a "
                 "member there. Expected: the registry that this model is linked by."
             )
-        self._retrace([group for group in groups if group.rule.make_adjustable()])
+        self._retrace([group for group in groups if group.make_adjustable()])
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         value = self.schedule(epoch)
@@ -308,7 +312,7 @@ class FactorSchedule(keras.callbacks.Callback):
             value = value.item() if value.ndim == 0 else value
         groups = self._groups()
         numbers = [group.rule.checked_strength(value) for group in groups]
-        self._retrace([group for group, number in zip(groups, numbers, strict=True) if group.rule.adjust(number)])
+        self._retrace([group for group, number in zip(groups, numbers, strict=True) if group.adjust(number)])
 
     def _groups(self) -> list[Group]:
         """The groups, each with a number to change."""
@@ -316,16 +320,15 @@ class FactorSchedule(keras.callbacks.Callback):
         for group in groups:
             if not isinstance(group.rule.strength, float):
                 raise EqualizeError(
-                    f"FactorSchedule cannot change the factor of group '{group.name}': expected a number, received a "
-                    f"matrix, in {group.rule.describe()}. Give `registry['{group.name}'].rule` a rule with another "
-                    "matrix instead."
+                    f"FactorSchedule cannot change the strength of group '{group.name}': expected a rule with a number "
+                    f"for it; received {group.describe()}. Call `registry.replace({group.name!r}, rule)` instead."
                 )
         return groups
 
     def _retrace(self, groups: Sequence[Group]) -> None:
         """Has the steps of all models that hold a member traced anew, also of those that are trained elsewhere."""
         if groups:
-            retracing.retrace(member.variable for group in groups for member in group.members)
+            living.retrace(member.variable for group in groups for member in group.members)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:

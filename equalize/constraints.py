@@ -1,25 +1,108 @@
 """Constraints: what an optimizer step is followed by.
 
 `Equal` ties the variables of a group, fully or in part; `Invariant` keeps one variable symmetric. Both are Keras
-constraints, for the arguments `kernel_constraint`, `bias_constraint` and so on of layers.
+constraints, for the arguments `kernel_constraint`, `bias_constraint` and so on of layers. Subclass `GroupConstraint`
+for a projection of your own.
 """
 
+import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
+from keras import ops
 
-from equalize import arguments, backend, effects, rules, symmetry
-from equalize.arguments import received
+from equalize import _backend as backend
+from equalize._backend import Tensor
+from equalize._inputs import arguments
+from equalize._inputs.arguments import received
+from equalize._math import means, symmetry
+from equalize._ties import effects, rules
 from equalize.errors import EqualizeError
-from equalize.projections import Tensor
 from equalize.views import View
 
-__all__ = ["Equal", "Invariant"]
+__all__ = ["Equal", "GroupConstraint", "Invariant"]
+
+
+class GroupConstraint(rules.Rule, keras.constraints.Constraint):
+    """Base of the constraints that tie: write `project`, and the rest comes with it.
+
+    Keras calls the constraint of one variable at a time. Here the first call of a step projects all members, in one
+    go. Linking, views, saving, `TieMonitor` and distribution work as for `Equal`, which is written on this class.
+    `GroupRegistry.check` compares the members with their own projection, up to rounding.
+
+    A subclass with arguments of its own passes `group`, `view` and `inner` on, and adds the others to `get_config`.
+    Register it with Keras to save and load it. `same_shape = False` in the class admits members of unlike shapes; these
+    are projected once when they are tied, and `initial` has no meaning for them.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras constraint for each projected value, as an object, a config or a name.
+
+    Attributes:
+        weights: While `project` runs: the weight of each member, times the square of what its view stretches by.
+        fixed: While `project` runs: whether each member is an anchor. What `project` returns for it is not used.
+
+    Raises:
+        EqualizeError: `group` is empty, or `inner` ties as well; in training: `project` returns something else than a
+            value for each member.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: Training starts and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> @keras.saving.register_keras_serializable()
+    ... class SumToZero(equalize.constraints.GroupConstraint):
+    ...     def project(self, values):
+    ...         mean = sum(values) / len(values)
+    ...         return [value - mean for value in values]
+    >>> heads = [keras.layers.Dense(2, kernel_initializer="ones") for _ in range(3)]
+    >>> built = [head.build((None, 4)) for head in heads]
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("heads", [head.kernel for head in heads], SumToZero())
+    >>> registry.project()  # what every optimizer step does
+    >>> float(keras.ops.convert_to_numpy(keras.ops.sum(heads[0].kernel)))
+    0.0
+    """
+
+    slot = "constraint"
+
+    def __init__(self, group: str | None = None, *, view: View | None = None, inner: Any = None):
+        self.group = rules.checked_group(group, self)
+        self.view = rules.checked_view(view)
+        self.inner = rules.checked_inner(keras.constraints.get, inner, keras.constraints.Constraint)
+
+    @property
+    def enforced(self) -> bool:
+        return True
+
+    @abc.abstractmethod
+    def project(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """What an optimizer step is followed by.
+
+        Args:
+            values: One tensor a member, as its view pulls it back, in the dtype of the variables.
+
+        Returns:
+            One tensor a member, of the same shape. A tensor that is returned for several members is computed once, so
+            that they are bitwise equal.
+        """
+
+    def _settings(self) -> dict[str, Any]:
+        inner = {} if self.inner is None else {"inner": effects.name_of(self.inner)}
+        return super()._settings() | inner
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "view": rules.view_config(self.view),
+            "inner": keras.constraints.serialize(self.inner) if self.inner is not None else None,
+        }
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class Equal(rules.Rule, keras.constraints.Constraint):
+class Equal(GroupConstraint):
     """Keeps the variables of a group equal: after every optimizer step each becomes the group's mean.
 
     Averaging is not sharing. Every member is updated from its own gradient, with its own optimizer slots, and then
@@ -62,9 +145,8 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         Parikh and Boyd, Proximal Algorithms (2014), section 5.2 (consensus).
     """
 
-    slot = "constraint"
     setting = "rate"
-    own_keys = frozenset({"group", "weight", "view", "inner"})
+    one_value: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -75,36 +157,35 @@ class Equal(rules.Rule, keras.constraints.Constraint):
         view: View | None = None,
         inner: Any = None,
     ):
-        self.group = rules.checked_group(group, type(self))
+        super().__init__(group, view=view, inner=inner)
         self.rate = self.checked_strength(rate)
         self.weight = arguments.number("weight", weight, low=0.0, low_open=True)
-        self.view = rules.checked_view(view)
-        self.inner = rules.checked_inner(keras.constraints.get, inner, keras.constraints.Constraint)
 
     @property
     def hard(self) -> bool:
         """Whether the members are bitwise equal after every step."""
-        return self.rate == 1.0
+        return isinstance(self.rate, float) and self.rate == 1.0
+
+    @property
+    def enforced(self) -> bool:
+        return self.hard
 
     def checked_strength(self, strength: Any) -> float:
         return arguments.number("rate", strength, low=0.0, high=1.0, low_open=True)
 
-    def __call__(self, w: Tensor) -> Tensor:
-        group, member = self._require_binding(f"on '{getattr(w, 'path', 'a tensor')}'")
-        return group.project(member)
-
-    def _settings(self) -> dict[str, Any]:
-        inner = {} if self.inner is None else {"inner": effects.name_of(self.inner)}
-        return ({} if self.rate == 1.0 else {"rate": self.rate}) | inner
+    def project(self, values: Sequence[Tensor]) -> list[Tensor]:
+        if any(self.fixed):
+            target = values[self.fixed.index(True)]
+        else:
+            target = means.mean(values, self.weights)
+            target = target if self.inner is None else ops.cast(self.inner(target), target.dtype)
+        if self.hard:
+            return [target] * len(values)
+        target = backend.computed_once(target)
+        return [means.relax(value, target, self.rate) for value in values]
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            "group": self.group,
-            "rate": self.rate,
-            "weight": self.weight,
-            "view": rules.view_config(self.view),
-            "inner": keras.constraints.serialize(self.inner) if self.inner is not None else None,
-        }
+        return super().get_config() | {"rate": self.rate, "weight": self.weight}
 
 
 @keras.saving.register_keras_serializable(package="equalize")

@@ -5,18 +5,22 @@ from typing import Any
 
 import keras
 
-from equalize import arguments, backend, binding, configs, leading, matching, nesting, retracing
-from equalize.arguments import received
+from equalize import _backend as backend
+from equalize._backend import Tensor, keras_private, wrapping
+from equalize._backend.living import objects_of
+from equalize._inputs import arguments, configs
+from equalize._inputs.arguments import received
+from equalize._linking import validation
+from equalize._ties.bound import group_of, ties_on
+from equalize._ties.group import Group
+from equalize._ties.shared_update import SharedUpdate, shared_updates, underway, updated_indices
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
-from equalize.groups import Group
-from equalize.leading import Lead
-from equalize.projections import Tensor
 from equalize.registry import GroupRegistry, checked_registry
 
 __all__ = ["TiedOptimizer"]
 
 _REDUCTIONS = ("sum", "mean")
-_KEYS = {"name", "inner_optimizer", "registry", "reduction", "handed"}
+_KEYS = {"name", "inner_optimizer", "registry", "reduction", "updated"}
 
 
 def _of_inner(name: str) -> Any:
@@ -124,7 +128,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self._scaled_outside = False
         self._built: _Built | None = None
-        self._handed: tuple[int, ...] | None = None
+        self._updated: tuple[int, ...] | None = None
         self._known: frozenset[int] | None = None
         self._loaded = False
         self._problem: EqualizeError | None = None
@@ -155,7 +159,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             TieBrokenError: The members of a hard group are not equal.
             GroupMismatchError: A part of a group is given, or the inner optimizer treats members differently.
         """
-        self._build(variables, loading=self._loaded and self._handed is None)
+        self._build(variables, loading=self._loaded and self._updated is None)
 
     def _build(self, variables: Any, *, loading: bool) -> None:
         """Builds as `build` says. Keras builds what it loads, trained or not: without ties that waits for training."""
@@ -164,19 +168,19 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             return
         if self._loaded:
             self._link(variables)
-        leads = self._leads(variables)
-        if loading and not leads:
+        updates = self._updates(variables)
+        if loading and not updates:
             self._loaded = False
             return
-        for lead in leads:
-            _require_all_members(lead)
-            _require_one_treatment(lead, self.inner_optimizer)
-            matching.require_equal_if_known(lead.group)
-        if leads or self._handed is None or max(self._handed, default=0) >= len(variables):
-            self._require_leads(leads)
-            self._handed = tuple(leading.handed(leads, len(variables)))
-        self._known = frozenset(id(lead.group) for lead in leads) or None
-        self.inner_optimizer.build([variables[index] for index in self._handed])
+        for update in updates:
+            _require_all_members(update)
+            _require_one_treatment(update, self.inner_optimizer)
+            validation.require_equal_if_known(update.group)
+        if updates or self._updated is None or max(self._updated, default=0) >= len(variables):
+            self._require_updates(updates)
+            self._updated = tuple(updated_indices(updates, len(variables)))
+        self._known = frozenset(id(update.group) for update in updates) or None
+        self.inner_optimizer.build([variables[index] for index in self._updated])
         self._built = _Built(variables)
         self.built = True
 
@@ -199,7 +203,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         trained = {id(variable) for variable in variables}
         models = [
             model
-            for model in retracing.living(keras.Model)
+            for model in objects_of(keras.Model)
             if trained <= {id(variable) for variable in model.trainable_variables}
         ]
         if models:
@@ -212,12 +216,12 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     @property
     def groups(self) -> list[Group]:
         """The hard groups that are updated as one variable each."""
-        return [lead.group for lead in self._leads(self._trained)]
+        return [update.group for update in self._updates(self._trained)]
 
     @property
     def averages(self) -> bool:
         """Whether the inner optimizer keeps averages of weights, which callbacks may swap with the weights."""
-        return any(optimizer.use_ema for optimizer in nesting.everything(self.inner_optimizer))
+        return any(optimizer.use_ema for optimizer in wrapping.everything(self.inner_optimizer))
 
     def apply_gradients(self, grads_and_vars: Any) -> Any:
         super().apply_gradients(grads_and_vars)
@@ -242,13 +246,13 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 f"`apply` needs a gradient, or None, for each variable. Received: {len(grads)} for "
                 f"{arguments.counted(len(indices), 'variable')}. Give None for a variable that has none."
             )
-        leads = self._leads_as_built()
-        reduced = self._reduced(leads, dict(zip(indices, grads, strict=True)))
-        with leading.leading(leads):
+        updates = self._updates_as_built()
+        reduced = self._reduced(updates, dict(zip(indices, grads, strict=True)))
+        with underway(updates):
             variables = [self._trained[index] for index in reduced]
             self.inner_optimizer.apply(list(reduced.values()), variables)
-        for lead in leads:
-            lead.follow()
+        for update in updates:
+            update.follow()
 
     def stateless_apply(
         self,
@@ -274,32 +278,32 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         scales = zip(self.inner_optimizer.variables, optimizer_variables, strict=True)
         values = zip(variables, trainable_variables, strict=True)
         with keras.StatelessScope(state_mapping=[*values, *scales]) as scope:
-            leads = self._leads_as_built()
-            reduced = self._reduced(leads, dict(enumerate(grads)))
-            handed = [variables[index] for index in self._handed or ()]
-            with leading.leading(leads):
+            updates = self._updates_as_built()
+            reduced = self._reduced(updates, dict(enumerate(grads)))
+            updated = [variables[index] for index in self._updated or ()]
+            with underway(updates):
                 new_values, slots = self.inner_optimizer.stateless_apply(
                     list(optimizer_variables),
-                    [reduced.get(index) for index in self._handed or ()],
-                    [variable.value for variable in handed],
+                    [reduced.get(index) for index in self._updated or ()],
+                    [variable.value for variable in updated],
                 )
-            for variable, value in zip(handed, new_values, strict=True):
+            for variable, value in zip(updated, new_values, strict=True):
                 variable.assign(value)
-            for lead in leads:
-                lead.follow()
+            for update in updates:
+                update.follow()
             return [scope.get_current_value(variable) for variable in variables], slots
 
     def finalize_variable_values(self, var_list: Any) -> None:
-        self.inner_optimizer.finalize_variable_values([self._trained[i] for i in self._handed or ()])
-        if any(backend.purged(variable) for variable in self._trained):
+        self.inner_optimizer.finalize_variable_values([self._trained[i] for i in self._updated or ()])
+        if any(backend.is_purged(variable) for variable in self._trained):
             return  # a step of `fit` on JAX has failed, whose error must not be lost
-        for lead in self._leads(self._trained):
-            lead.follow()
+        for update in self._updates(self._trained):
+            update.follow()
 
     def follow(self) -> None:
         """Gives the members of each group the value of the one that is updated for all, which something else wrote."""
-        for lead in self._leads_as_built():
-            lead.follow()
+        for update in self._updates_as_built():
+            update.follow()
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         return self.inner_optimizer.scale_loss(loss)
@@ -358,14 +362,14 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "registry": keras.saving.serialize_keras_object(self.registry),
             "reduction": self.reduction,
-            "handed": None if self._handed is None else list(self._handed),
+            "updated": None if self._updated is None else list(self._updated),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "TiedOptimizer":
         """The optimizer of a config. It links its registry when it is built for the variables of a model.
 
-        `handed` says which of the trained variables had slots, for a model whose ties cannot be linked.
+        `updated` says which of the trained variables had slots, for a model whose ties cannot be linked.
 
         Raises:
             EqualizeError: The config is damaged, or has an optimizer of a class that Keras does not know.
@@ -374,31 +378,31 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             raise EqualizeError(
                 f"Expected the config of a TiedOptimizer, with {sorted(_KEYS)}. Received: {received(config)}."
             )
-        handed = _checked_indices(config.get("handed"))
-        given = {key: value for key, value in config.items() if key != "handed"}
+        updated = _checked_indices(config.get("updated"))
+        given = {key: value for key, value in config.items() if key != "updated"}
         with keras.saving.custom_object_scope(custom_objects or {}):
             given["registry"] = configs.restored(config["registry"], GroupRegistry, "a registry")
             optimizer = cls(**given)
-        optimizer._handed = handed
+        optimizer._updated = updated
         optimizer._loaded = True
         return optimizer
 
-    def _leads(self, variables: Sequence[keras.Variable]) -> list[Lead]:
+    def _updates(self, variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
         """The hard groups among the variables: the registry's, or where it has none those that are on them."""
         groups = list(self.registry.values())
         if not groups:
-            bound = [rule.bound_group for variable in variables for rule in binding.rules_on(variable)]
+            bound = [group_of(tie) for variable in variables for tie in ties_on(variable)]
             groups = list({id(group): group for group in bound if group is not None}.values())
-        return leading.find_leads(groups, variables)
+        return shared_updates(groups, variables)
 
-    def _leads_as_built(self) -> list[Lead]:
+    def _updates_as_built(self) -> list[SharedUpdate]:
         """The hard groups now, which must be those that slots were made for."""
-        leads = self._leads(self._trained)
-        self._require_leads(leads)
-        known = self._known = frozenset(id(lead.group) for lead in leads) if self._known is None else self._known
-        new = [lead.group.name for lead in leads if id(lead.group) not in known]
+        updates = self._updates(self._trained)
+        self._require_updates(updates)
+        known = self._known = frozenset(id(update.group) for update in updates) if self._known is None else self._known
+        new = [update.group.name for update in updates if id(update.group) not in known]
         variables = self._trained
-        missing = set(leading.handed(leads, len(variables))) - set(self._handed or ())
+        missing = set(updated_indices(updates, len(variables))) - set(self._updated or ())
         missing = [variables[index].path for index in sorted(missing) if variables[index].trainable]
         if new or missing:
             changed = [f"group '{name}' was not hard then" for name in new] + [f"no slots for '{p}'" for p in missing]
@@ -407,11 +411,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 f"was built with; received {self.registry!r}. Make a new TiedOptimizer and compile with it (after "
                 '`registry.sync("mean")`, where members are not equal yet).'
             )
-        return leads
+        return updates
 
-    def _require_leads(self, leads: Sequence[Lead]) -> None:
+    def _require_updates(self, updates: Sequence[SharedUpdate]) -> None:
         frozen = any(group.hard and all(m.anchor for m in group.members) for group in self.registry.values())
-        if not leads and not frozen:
+        if not updates and not frozen:
             raise NotLinkedError(
                 "TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are "
                 f"trained; received {self.registry!r}. Link or tie the model's layers before training: "
@@ -419,61 +423,61 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 f"{'' if self._problem is None else f' Linking the loaded ties failed: {self._problem}'}"
             ) from self._problem
 
-    def _reduced(self, leads: Sequence[Lead], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
+    def _reduced(self, updates: Sequence[SharedUpdate], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
         """The gradients for the inner optimizer, in the order of the variables: those of a group are one."""
-        tied = {index for lead in leads for index in lead.moving}
+        tied = {index for update in updates for index in update.moving}
         reduced = {index: gradient for index, gradient in grads.items() if index not in tied}
-        for lead in leads:
-            reduced |= lead.reduced(grads, self.reduction)
+        for update in updates:
+            reduced |= update.reduced(grads, self.reduction)
         if self._scaled_outside and isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
             # A LossScaleOptimizer around this one has unscaled what the one inside expects to be scaled.
             reduced = {i: None if g is None else self.inner_optimizer.scale_loss(g) for i, g in reduced.items()}
         return dict(sorted(reduced.items()))
 
 
-def _require_all_members(lead: Lead) -> None:
+def _require_all_members(update: SharedUpdate) -> None:
     """Raises unless the optimizer is given every member that may move: the gradients of others would be lost."""
-    moving = [member for member in lead.group.members if not member.anchor]
-    missing = [member for member in moving if member not in lead.moving.values()]
+    moving = [member for member in update.group.members if not member.anchor]
+    missing = [member for member in moving if member not in update.moving.values()]
     if missing:
         raise GroupMismatchError(
-            f"TiedOptimizer is given a part of group '{lead.group.name}': expected all {len(moving)} members that may "
-            f"move, received {len(lead.moving)}, without {missing[0]}. Give it the variables of all members; where "
-            "optimizers differ by variable, wrap them: `TiedOptimizer(MultiOptimizer(...), registry)`."
-            f"{matching.listing(moving)}"
+            f"TiedOptimizer is given a part of group '{update.group.name}': expected all {len(moving)} members that "
+            f"may move, received {len(update.moving)}, without {missing[0]}. Give it the variables of all members; "
+            "where optimizers differ by variable, wrap them: `TiedOptimizer(MultiOptimizer(...), registry)`."
+            f"{validation.listing(moving)}"
         )
 
 
-def _require_one_treatment(lead: Lead, optimizer: Any) -> None:
+def _require_one_treatment(update: SharedUpdate, optimizer: Any) -> None:
     """Raises unless the inner optimizer would train all members in the same way: one of them stands for all."""
-    members = list(lead.moving.values())
+    members = list(update.moving.values())
     treatments = [dict(_treatment(optimizer, member.variable)) for member in members]
     for member, treatment in zip(members[1:], treatments[1:], strict=True):
         for setting, (value, fix) in treatment.items():
             expected = treatments[0].get(setting, (None, fix))[0]
             if value != expected:
                 raise GroupMismatchError(
-                    f"TiedOptimizer cannot train group '{lead.group.name}' as one variable: the optimizer treats "
+                    f"TiedOptimizer cannot train group '{update.group.name}' as one variable: the optimizer treats "
                     f"'{members[0].path}' and '{member.path}' differently. Expected: one {setting}; received "
                     f"{getattr(expected, 'name', expected)} and {getattr(value, 'name', value)}. {fix}"
-                    f"{matching.listing(members)}"
+                    f"{validation.listing(members)}"
                 )
 
 
 def _treatment(optimizer: Any, variable: keras.Variable) -> Iterator[tuple[str, tuple[Any, str]]]:
     """What an optimizer decides variable by variable: for each setting its value, and how to make it agree."""
-    for nested in nesting.from_outside_in(optimizer):
-        choose = getattr(nested, "_optimizer_map", None)  # of a MultiOptimizer (Keras 3.15)
-        if callable(choose):  # Keras refuses the rest when it makes slots
-            chosen = choose(variable)
+    for nested in wrapping.from_outside_in(optimizer):
+        chosen = keras_private.optimizer_for(nested, variable)
+        if chosen is not None:
             yield "optimizer", (chosen, "Map the paths of all members to one optimizer.")
             yield from _treatment(chosen, variable)
         elif nested.weight_decay:
             fix = "Call `exclude_from_weight_decay(var_list=[...])` with all members, or with none."
-            yield "weight decay", (bool(nested._use_weight_decay(variable)), fix)
-        if hasattr(nested, "_should_use_adamw"):  # of Muon (Keras 3.15)
+            yield "weight decay", (keras_private.decays(nested, variable), fix)
+        adamw = keras_private.uses_adamw(nested, variable)
+        if adamw is not None:
             fix = "Let `exclude_layers` match the paths of all members, or of none."
-            yield "use of AdamW in Muon", (bool(nested._should_use_adamw(variable)), fix)
+            yield "use of AdamW in Muon", (adamw, fix)
 
 
 def _checked_optimizer(optimizer: Any) -> Any:
@@ -497,11 +501,11 @@ def _checked_optimizer(optimizer: Any) -> Any:
     return found
 
 
-def _checked_indices(handed: Any) -> tuple[int, ...] | None:
+def _checked_indices(updated: Any) -> tuple[int, ...] | None:
     """Which of the trained variables had slots, as a config says it: in ascending order, each once."""
-    if handed is None:
+    if updated is None:
         return None
-    whole = isinstance(handed, (list, tuple)) and all(type(i) is int and i >= 0 for i in handed)
-    if not whole or list(handed) != sorted(set(handed)):
-        raise EqualizeError(f"`handed` must be a list of indices, ascending, or None. Received: {received(handed)}.")
-    return tuple(handed)
+    whole = isinstance(updated, (list, tuple)) and all(type(i) is int and i >= 0 for i in updated)
+    if not whole or list(updated) != sorted(set(updated)):
+        raise EqualizeError(f"`updated` must be a list of indices, ascending, or None. Received: {received(updated)}.")
+    return tuple(updated)

@@ -2,26 +2,37 @@
 
 import copy
 import functools
+import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import rich.console
 from keras import ops
 
-from equalize import arguments, backend, binding, discovery, persistence, planning, retracing
-from equalize.arguments import received
-from equalize.errors import EqualizeError
-from equalize.groups import Group
-from equalize.inspection import Inspection
-from equalize.projections import Tensor
-from equalize.rules import Rule
+from equalize import _backend as backend
+from equalize._backend import Tensor
+from equalize._backend.living import models_holding, retrace
+from equalize._inputs import arguments
+from equalize._inputs.arguments import received
+from equalize._linking import discovery, planning
+from equalize._linking.config import checked_config, group_configs
+from equalize._reports import plots, summary
+from equalize._reports.advice import Advice, advise
+from equalize._reports.diagnosis import EQUALIZE, Finding, findings
+from equalize._ties.bound import detach
+from equalize._ties.group import Group
+from equalize._ties.rules import Rule
+from equalize.errors import EqualizeError, TieBrokenError
+
+__all__ = ["Advice", "Finding", "GroupRegistry"]
 
 _INITIAL = ("first", "mean", "strict")
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class GroupRegistry(Inspection):
+class GroupRegistry(Mapping[str, Group]):
     """Links the variables of a model into groups that are kept equal, or close, while the model trains.
 
     A constraint or a regularizer is called for one variable and knows of no other. The registry is where the others
@@ -88,7 +99,7 @@ class GroupRegistry(Inspection):
         outgrown: list[Group] = []
         for name, entries in found.items():
             existing = discovery.existing_group(name, entries, known.get(name))
-            if existing is not None and all(rule.bound_group is existing for _, rule in entries):
+            if existing is not None and all(group is existing for _, _, group in entries):
                 adopted[name] = existing
                 continue
             if existing is not None:
@@ -98,20 +109,20 @@ class GroupRegistry(Inspection):
         planning.require_apart(plans)
         planning.warn_of_overwriting(plans, initial, stacklevel=4)
         for group in outgrown:
-            binding.detach(group)
+            detach(group)
         for plan in plans:
             self._add(plan.establish(initial))
         self._pending = []
         self._groups.update(adopted)
         self._models.update(models)
-        retracing.retrace(_variables(plan.group for plan in plans))
+        retrace(_variables(plan.group for plan in plans))
         return self
 
     def tie(self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first") -> Group | list[Group]:
         """Ties variables, or layers weight by weight, that are already built.
 
-        What is on a variable already goes on: its constraint becomes the rule's `inner`, its regularizer is still
-        added.
+        What is on a variable already remains in force: its constraint becomes the rule's `inner`, its regularizer is
+        still added.
 
         A tie made here is in no layer's config, so a copy of the model does not have it: one that is cloned, pickled,
         or saved and loaded trains untied, and nothing can notice. Tie the copy before you train it:
@@ -152,8 +163,40 @@ class GroupRegistry(Inspection):
         planning.warn_of_overwriting(planned, initial, stacklevel=3)
         groups = [self._add(plan.establish(initial)) for plan in planned]
         self._pending = [entry for entry in self._pending if not _within(entry["name"], name)]
-        retracing.retrace(_variables(groups))
+        retrace(_variables(groups))
         return groups if layers else groups[0]
+
+    def replace(self, name: str, rule: Rule) -> None:
+        """Gives a group another rule, to go from a soft tie to a hard one, for instance.
+
+        Members, views and weights stay as they are, and so do values: what is made hard becomes equal, to its mean, in
+        the next step. The next step of `fit` follows the new rule, also inside a callback; a step that was compiled by
+        hand must be compiled again. Layers that declare a rule keep that one in their configs.
+
+        Args:
+            name: Name of the group; or of a tie of layers, all of whose groups get the rule.
+            rule: The new rule, without a group name, view or weight.
+
+        Raises:
+            TypeError: The new rule is no rule.
+            EqualizeError: There is no such group; or the rule names another group, a view or a weight.
+            GroupMismatchError: The members do not fit it, or it would be the second hard rule of a variable.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(4), keras.layers.Dense(4)
+        >>> model = keras.Sequential([keras.Input((4,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.regularizers.MeanL2(factor=0.1))
+        >>> registry.replace("pair", equalize.constraints.Equal())
+        >>> group.hard
+        True
+        """
+        groups = self.select([arguments.text("name", name, "the name of a group")])
+        changes = [planning.plan_replacement(group, rule) for group in groups]
+        for apply in changes:
+            apply()
+        retrace(_variables(groups))
 
     def untie(self, *names: str) -> None:
         """Dissolves groups, all where none is named; the variables keep their values, and their inner rules.
@@ -170,11 +213,11 @@ class GroupRegistry(Inspection):
             TypeError: A name is no string.
         """
         groups = self.select(names)
-        binding.undeclare(groups)
+        discovery.undeclare(groups)
         for group in groups:
-            binding.detach(group)
+            detach(group)
             del self._groups[group.name]
-        retracing.retrace(_variables(groups))
+        retrace(_variables(groups))
 
     def sync(self, method: str = "first", *names: str) -> None:
         """Makes the named groups equal, soft ones too; without names, every hard group.
@@ -243,13 +286,169 @@ class GroupRegistry(Inspection):
             selected |= below
         return list(selected.values())
 
+    @property
+    def pending(self) -> list[str]:
+        """The names of groups of a config that `link` has yet to make."""
+        return [entry["name"] for entry in self._pending]
+
+    def spread(self) -> dict[str, float]:
+        """The largest entry of max − min over the members of each group: 0.0 where they are equal."""
+        return {name: group.spread() for name, group in self.items()}
+
+    def check(self, atol: float = 0.0) -> None:
+        """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`.
+
+        The members of a `GroupConstraint` of one's own are compared with their own projection.
+
+        Args:
+            atol: The largest spread that counts as equal. 0.0 asks for equal bits.
+
+        Raises:
+            TieBrokenError: The members of a hard group are further apart.
+            EqualizeError: `atol` is negative or not finite.
+            TypeError: `atol` is no number.
+        """
+        atol = arguments.number("atol", atol, low=0.0)
+        broken = {name: s for name, s in self.spread().items() if self[name].rule.enforced and not s <= atol}
+        if broken:
+            count = sum(group.rule.enforced for group in self.values())
+            lines = "".join(
+                f"\n    '{name}': spread {spread:g}, members {', '.join(str(m) for m in self[name].members)}"
+                for name, spread in broken.items()
+            )
+            raise TieBrokenError(
+                f"Hard groups that are not equal: {len(broken)} of {count}; expected a spread of at most {atol:g}, "
+                f"received:{lines}\n{EQUALIZE}"
+            )
+
+    def summary(self, print_fn: Any = None) -> None:
+        """Prints a table of the groups: rule, members, weights stored and free, and how far apart the members are.
+
+        A registry that ends a notebook's cell shows the same table, and so does `rich.print(registry)`.
+
+        Args:
+            print_fn: Called with the table as plain text of at most 80 columns, for a log; by default it is printed,
+                in color where the terminal has it.
+        """
+        _require_printer(print_fn)
+        summary.print_summary(list(self.values()), len(self.diagnose()), print_fn)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws which layers each group ties, and how far apart its members are.
+
+        Above, a row for each group with a mark in the column of each layer that it ties. Below, a heat map for each
+        group: the largest entry of |w_i − w_j| for each pair of members, as their views pull them back. All maps have
+        one scale. A group of n members costs n·(n − 1)/2 comparisons.
+
+        Args:
+            path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
+
+        Raises:
+            TypeError: `path` is no path.
+            EqualizeError: The registry has no group, the suffix is another, or the folder does not exist.
+            ImportError: matplotlib is not installed; the extra `plot` brings it.
+        """
+        plots.plot_groups(list(self.values()), path)
+
+    def diagnose(self, *models: keras.Model) -> list[Finding]:
+        """What may go wrong with the ties though nothing is broken yet, each with a fix.
+
+        Looks at the groups, and at models with their optimizers: averaging of weights without a monitor, of members
+        and of kernels that `Invariant` keeps, clipping by the global norm, weight decay of some members only, partial
+        averaging under gradient accumulation, rules that LoRA or quantization dropped, that were never linked, or
+        that a layer hands to several weights, regularizers of members that differ, members that an optimizer on JAX
+        does not reach, members that no longer exist, hard groups that are not equal.
+
+        Args:
+            *models: The models to look at. Without any it looks at those that were linked and at all that hold a
+                member. Finding these takes a fraction of a second, and misses what `gc.freeze()` has put away.
+
+        Returns:
+            A list of findings, empty where there is nothing to say. Print one to read it.
+
+        Raises:
+            TypeError: One of `models` is no Keras model.
+        """
+        for model in models:
+            if not isinstance(model, keras.Model):
+                raise TypeError(f"`diagnose` expects Keras models. Received: {received(model)}.")
+        variables = [member.variable for group in self.values() for member in group.members if not member.constant]
+        looked_at = models or dict.fromkeys([*self._models, *models_holding(variables)])
+        repaired = any(monitor.repair for monitor in self.monitors)
+        return findings(list(self.values()), self.pending, list(looked_at), monitored=repaired)
+
+    def advise(
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any,
+        *,
+        names: Sequence[str] = (),
+        batch_size: int = 256,
+        print_fn: Any = None,
+    ) -> dict[str, Advice]:
+        """Is it worth tying? Prints what held-out data say about each group, and returns it.
+
+        Train the members free, or softly tied, and give data that they were **not** trained on. For each group, with
+        all others as they are: what the loss would be if its members moved 10, 25, 50 or 100 % of the way to their
+        mean, and which of these is best. Where 100 % is best, tie hard; where a part of the way is, tie softly, or by
+        `Equal(rate=...)`; where 0 % is, leave the members free. Small differences on few data are chance.
+
+        Training data cannot tell: free members fit them best where they are, whether tying is right or not. Nor can
+        the gradients of members, of which the table has the mean cosine: at the minimum of the loss of tied members
+        they cancel, so they seem to disagree just where tying is right.
+
+        Members that are equal stay equal, so ask before you tie; to make a group that only measures, tie softly with
+        `factor=0.0`. And only members with one start can be averaged: networks trained from different random values
+        have their hidden units in different orders, and their mean says nothing. Call `registry.sync("first", ...)`
+        with the groups' names before you train.
+
+        Members move as the group's rule would have them: as views show the common value, by their weights, with the
+        inner constraint of `Equal`, and to the anchor where there is one. Penalties on weights, those of ties and all
+        others, are left out of the loss. The model is left bit for bit as it was. Each group takes five passes over
+        the data; a terminal shows a bar meanwhile.
+
+        Args:
+            model: A compiled model that all members belong to.
+            x: Inputs that the model was not trained on, an array or a structure of arrays.
+            y: Their targets, likewise.
+            names: Names of groups, or of ties of layers; all where none is given.
+            batch_size: How many samples to look at in one go.
+            print_fn: Called with the table as plain text of at most 80 columns; by default it is printed.
+
+        Returns:
+            An `equalize.registry.Advice` for each group, by name.
+
+        Raises:
+            EqualizeError: The model is not compiled or lacks a member, inputs and targets do not hold the same number
+                of samples, at least one, the model cannot compute its loss of them, or `batch_size` is below 1.
+            TypeError: An argument is of the wrong type.
+        """
+        _require_printer(print_fn)
+        groups = self.select(arguments.names("names", names))
+        advice = advise(groups, model, x, y, arguments.integer("batch_size", batch_size, low=1))
+        summary.print_advice(advice, print_fn)
+        return {each.group: each for each in advice}
+
+    def __repr__(self) -> str:
+        listed = [*map(repr, self.values()), *(f"{name!r} (not linked yet)" for name in self.pending)]
+        return f"<GroupRegistry: {', '.join(listed) or 'no groups'}>"
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
+        yield from summary.summary_parts(list(self.values()), len(self.diagnose()), options.max_width)
+
+    def _repr_html_(self) -> str:
+        return summary.summary_html(list(self.values()), len(self.diagnose()))
+
     def get_config(self) -> dict[str, Any]:
         """The ties made with `tie`, as JSON-serializable data: rules, places of variables, views and constants.
 
         A variable is known by its place in the tree of layers of each living model that holds it, since names and
         paths are neither unique nor stable. Ties that layers carry in their own configs are not repeated here.
         """
-        made = persistence.group_configs([group for group in self.values() if not group.declared])
+        made = group_configs([group for group in self.values() if not group.declared])
         return {"groups": made + copy.deepcopy(self._pending)}
 
     @classmethod
@@ -260,7 +459,7 @@ class GroupRegistry(Inspection):
             EqualizeError: The config is truncated, or was changed into something else.
         """
         registry = cls()
-        registry._pending = persistence.checked_config(config)
+        registry._pending = checked_config(config)
         return registry
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -291,6 +490,11 @@ def checked_registry(registry: Any) -> GroupRegistry:
     if not isinstance(registry, GroupRegistry):
         raise TypeError(f"`registry` must be an `equalize.GroupRegistry`. Received: {received(registry)}.")
     return registry
+
+
+def _require_printer(print_fn: Any) -> None:
+    if print_fn is not None:
+        arguments.function("print_fn", print_fn, "of a text, or None")
 
 
 def _variables(groups: Iterable[Group]) -> list[keras.Variable]:

@@ -2,32 +2,132 @@
 
 `MeanL2` pulls to the mean, `PairwiseL2`, `PairwiseNorm` and `PairwiseL1` each member to each other, `ChainL2` each to
 the next one, and `TraceNorm` all into few dimensions. All are Keras regularizers, for the arguments
-`kernel_regularizer`, `bias_regularizer` and so on of layers.
+`kernel_regularizer`, `bias_regularizer` and so on of layers. Subclass `GroupRegularizer` for a penalty of your own.
 """
 
+import abc
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
-from equalize import penalties
-from equalize.penalties import Share
-from equalize.projections import Tensor
-from equalize.soft_tie import SoftTie
+from equalize._backend import Tensor
+from equalize._inputs import arguments
+from equalize._math import factors, penalties
+from equalize._ties import rules
+from equalize.views import View
 
-__all__ = ["ChainL2", "MeanL2", "PairwiseL1", "PairwiseL2", "PairwiseNorm", "TraceNorm"]
+__all__ = ["ChainL2", "GroupRegularizer", "MeanL2", "PairwiseL1", "PairwiseL2", "PairwiseNorm", "TraceNorm"]
+
+
+class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
+    """Base of the regularizers that tie: write `penalty`, and the rest comes with it.
+
+    Keras asks the regularizer of one variable at a time. Here each member of the group returns an equal share of the
+    penalty, whose gradient is the full derivative of the penalty by that member, so `model.losses` adds up to the
+    penalty and every member is pulled as by the whole. Linking, views, anchors, saving, `TieMonitor` and distribution
+    work as for the rules that come with equalize, which are written on this class.
+
+    A subclass with arguments of its own passes `group`, `factor`, `view` and `inner` on, and adds the others to
+    `get_config`. Register it with Keras to save and load it.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        factor: The non-negative number that `penalty` is multiplied by.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
+
+    Attributes:
+        weights: While `penalty` runs: the weight of each member, times the square of what its view stretches by.
+        fixed: While `penalty` runs: whether each member is an anchor, which does not move.
+
+    Raises:
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> @keras.saving.register_keras_serializable()
+    ... class SumToZero(equalize.regularizers.GroupRegularizer):
+    ...     def penalty(self, values):
+    ...         return keras.ops.sum(keras.ops.square(sum(values)))
+    >>> heads = [keras.layers.Dense(2, kernel_initializer="ones") for _ in range(3)]
+    >>> built = [head.build((None, 4)) for head in heads]
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("heads", [head.kernel for head in heads], SumToZero(factor=0.5))
+    >>> float(keras.ops.convert_to_numpy(registry.penalty()))  # 0.5 · 3² · 8 entries
+    36.0
+    """
+
+    slot = "regularizer"
+    setting = "factor"
+    pairwise = False
+    """Whether `factor` may be a matrix with an entry for each pair of members, which `penalty` applies by itself."""
+
+    def __init__(self, group: str | None = None, factor: Any = 1.0, *, view: View | None = None, inner: Any = None):
+        self.group = rules.checked_group(group, self)
+        self.factor = factors.checked_factor(factor) if self.pairwise else self.checked_strength(factor)
+        self.view = rules.checked_view(view)
+        self.inner = rules.checked_inner(keras.regularizers.get, inner, keras.regularizers.Regularizer)
+
+    @abc.abstractmethod
+    def penalty(self, values: Sequence[Tensor]) -> Tensor:
+        """The penalty for the factor 1.
+
+        Args:
+            values: One tensor a member, as its view pulls it back, in at least float32.
+
+        Returns:
+            A scalar, made of the values with operations that the backend differentiates.
+        """
+
+    def checked_strength(self, strength: Any) -> float:
+        return arguments.number("factor", strength, low=0.0)
+
+    @property
+    def count(self) -> int | None:
+        return len(self.factor) if isinstance(self.factor, tuple) else None
+
+    def subset(self, places: Sequence[int]) -> "GroupRegularizer":
+        if not isinstance(self.factor, tuple) or len(places) == len(self.factor):
+            return self
+        return self.having(factor=factors.subset(self.factor, places))
+
+    @property
+    def _matrix(self) -> np.ndarray | None:
+        """The factor of each pair; None where all have one."""
+        return np.array(self.factor) if isinstance(self.factor, tuple) else None
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "factor": [list(row) for row in self.factor] if isinstance(self.factor, tuple) else self.factor,
+            "view": rules.view_config(self.view),
+            "inner": keras.regularizers.serialize(self.inner) if self.inner is not None else None,
+        }
+
+
+class _Shipped(GroupRegularizer):
+    """The regularizers below, whose factor has a default that suits kernels and is always shown."""
+
+    def __init__(self, group: str | None = None, factor: Any = 0.01, *, view: View | None = None, inner: Any = None):
+        super().__init__(group, factor, view=view, inner=inner)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"factor": rules.Short(self.get_config()["factor"])}
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class MeanL2(SoftTie):
+class MeanL2(_Shipped):
     """Pulls the variables of a group to their mean: factor · Σ_i ‖w_i − mean‖².
 
     The penalty of mean-regularised multi-task learning: with one model per task, the common mean is what the tasks
     share and the distance to it is what a task pays for being special.
 
-    It costs O(n) for a group of n: each member returns its share ‖w_i − mean‖², whose gradient 2·factor·(w_i − mean)
-    is already the full derivative of the penalty. `GroupRegistry.penalty()` is the whole penalty, for a loss written
-    by hand.
+    It costs O(n) for a group of n. Each member returns its share of the penalty, with the full derivative
+    2·factor·(w_i − mean). `GroupRegistry.penalty()` is the whole penalty, for a loss written by hand.
 
     `equalize.constraints.Equal(rate=r)` after each step is the same pull as a proximal step, taken exactly:
     `r = 2·η·factor / (1 + 2·η·factor)` for the learning rate η. Take it where the optimizer is Adam or another that
@@ -42,7 +142,7 @@ class MeanL2(SoftTie):
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
         EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
@@ -70,12 +170,12 @@ class MeanL2(SoftTie):
         elastic averaging SGD (2015), equation 2.
     """
 
-    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+    def penalty(self, values: Sequence[Tensor]) -> Tensor:
         return penalties.mean_l2(values)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class PairwiseL2(SoftTie):
+class PairwiseL2(_Shipped):
     """Pulls the variables of a group to each other: factor · Σ_{i<j} ‖w_i − w_j‖².
 
     All pairs, without forming one: the sum equals n · Σ_i ‖w_i − mean‖² for a group of n, so it is `n · MeanL2` and
@@ -91,7 +191,7 @@ class PairwiseL2(SoftTie):
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
         EqualizeError: `group` is empty, `factor` is negative, not finite or not symmetric, or `inner` is no
@@ -118,12 +218,12 @@ class PairwiseL2(SoftTie):
 
     pairwise = True
 
-    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
-        return penalties.pairwise_l2(values, *matrix)
+    def penalty(self, values: Sequence[Tensor]) -> Tensor:
+        return penalties.pairwise_l2(values, self._matrix)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class PairwiseNorm(SoftTie):
+class PairwiseNorm(_Shipped):
     """Pulls the variables of a group to each other, some to exact equality: factor · Σ_{i<j} ‖w_i − w_j‖₂.
 
     The norm is not squared, so the pull of a pair does not fade as the two come near: at a finite factor the
@@ -144,7 +244,7 @@ class PairwiseNorm(SoftTie):
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
         EqualizeError: `group` is empty, `factor` is negative, not finite or not symmetric, or `inner` is no
@@ -171,12 +271,12 @@ class PairwiseNorm(SoftTie):
 
     pairwise = True
 
-    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
-        return penalties.pairwise_norm(values, *matrix)
+    def penalty(self, values: Sequence[Tensor]) -> Tensor:
+        return penalties.pairwise_norm(values, self._matrix)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class PairwiseL1(SoftTie):
+class PairwiseL1(_Shipped):
     """Pulls the variables of a group to each other, weight by weight: factor · Σ_{i<j} ‖w_i − w_j‖₁.
 
     At a finite factor the minimizer has weights in which members agree exactly, in each entry another set of them:
@@ -192,7 +292,7 @@ class PairwiseL1(SoftTie):
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ, for each pair.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
         EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
@@ -215,12 +315,12 @@ class PairwiseL1(SoftTie):
         over all pairs in place of neighbours.
     """
 
-    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+    def penalty(self, values: Sequence[Tensor]) -> Tensor:
         return penalties.pairwise_l1(values)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class ChainL2(SoftTie):
+class ChainL2(_Shipped):
     """Pulls each variable of a group to the next one: factor · Σ_i ‖w_(i+1) − w_i‖².
 
     For members with an order, such as the layers of a deep network or models of successive years: neighbours are
@@ -231,7 +331,7 @@ class ChainL2(SoftTie):
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
         EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
@@ -254,12 +354,12 @@ class ChainL2(SoftTie):
         penalty is the absolute value where this one is the square.
     """
 
-    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+    def penalty(self, values: Sequence[Tensor]) -> Tensor:
         return penalties.chain_l2(values)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class TraceNorm(SoftTie):
+class TraceNorm(_Shipped):
     """Keeps the variables of a group in few dimensions: factor · (sum of the singular values of the stacked members).
 
     It is not about being equal. Each member, flattened, is a row of a matrix, and the penalty is that matrix's trace
@@ -274,7 +374,7 @@ class TraceNorm(SoftTie):
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that goes on being added, as an object, a config or a name.
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
         EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
@@ -297,5 +397,5 @@ class TraceNorm(SoftTie):
         Yang and Hospedales, Trace norm regularised deep multi-task learning (2017), equation 1.
     """
 
-    def _shares(self, values: Sequence[Tensor], *matrix: np.ndarray) -> list[Share]:
+    def penalty(self, values: Sequence[Tensor]) -> Tensor:
         return penalties.trace_norm(values)

@@ -4,8 +4,12 @@ from typing import Any
 
 import keras
 
-from equalize import backend, binding, effects, pairing, references, retracing
-from equalize.arguments import received
+from equalize import _backend as backend
+from equalize._backend import attributes, keras_private, living
+from equalize._inputs.arguments import received
+from equalize._linking import pairing
+from equalize._ties import effects
+from equalize._ties.bound import rule_of, ties_on
 from equalize.errors import GroupMismatchError
 
 
@@ -121,7 +125,7 @@ def _share(groups: list[list[keras.Variable]]) -> None:
         for old in others:
             if old is not kept:
                 _require_alike(kept, old)
-    layers = retracing.living(keras.Layer)
+    layers = living.objects_of(keras.Layer)
     replacements = []
     replaced = {id(old) for kept, *others in groups for old in others if old is not kept}
     for kept, *_ in groups:
@@ -147,14 +151,15 @@ def _share(groups: list[list[keras.Variable]]) -> None:
         for owner in owners:
             _replace(owner, old, kept)
         for layer in layers:
-            backend.hand_over(layer, old, kept)
-    retracing.retrace(kept for kept, *_ in groups)
+            backend.replace_parameter(layer, old, kept)
+    living.retrace(kept for kept, *_ in groups)
 
 
 def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
     for variable in (kept, old):
-        rule = next(binding.rules_on(variable), None)
-        if rule is not None:
+        tie = next(ties_on(variable), None)
+        if tie is not None:
+            rule = rule_of(tie)
             raise GroupMismatchError(
                 f"Cannot share '{variable.path}': it has the rule {rule.describe()} of group '{rule.group}'. Expected: "
                 "variables that are not tied. Call `registry.untie(...)`, or leave the rule out of the layer."
@@ -189,7 +194,7 @@ def _require_replaceable(
             "different layers; received two of one, which Keras saves and loads by their number. Tie them with "
             "`equalize.constraints.Equal` instead."
         )
-    if not any(part is old for value in references.attributes(owner).values() for part in references.objects(value)):
+    if not any(part is old for value in attributes.attributes(owner).values() for part in attributes.objects(value)):
         raise GroupMismatchError(
             f"Cannot share '{kept.path}' with layer '{owner.name}': it tracks '{old.path}' but holds it in none of its "
             "attributes, nor in a list, tuple or dictionary there. Expected: an attribute that can be set."
@@ -197,22 +202,10 @@ def _require_replaceable(
 
 
 def _owns(layer: keras.Layer, variable: keras.Variable) -> bool:
-    return any(own is variable for store in references.stores(layer) for own in store)
+    return any(own is variable for store in keras_private.own_variables(layer) for own in store)
 
 
 def _replace(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
-    """Puts `new` in the place of `old`, also in the order of the layer's weights, by which Keras saves."""
-    store = next(store for store in references.stores(layer) if any(own is old for own in store))
-    index = next(i for i, own in enumerate(store) if own is old)
-    locked, trainable = layer._tracker.locked, new.trainable
-    layer._tracker.unlock()
-    try:
-        layer._untrack_variable(old)
-        new.trainable = store is layer._trainable_variables  # Keras chooses the list by this, and not by what was once
-        layer._track_variable(new)
-        new.trainable = trainable
-        store.insert(index, store.pop())
-        references.exchange(layer, old, new)
-    finally:
-        if locked:
-            layer._tracker.lock()
+    """Puts `new` in the place of `old`."""
+    keras_private.replace_variable(layer, old, new)
+    attributes.exchange(layer, old, new)

@@ -17,10 +17,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from equalize import arguments, configs
-from equalize.arguments import received
+from equalize._backend import Tensor
+from equalize._inputs import arguments, configs
+from equalize._inputs.arguments import received
 from equalize.errors import EqualizeError, GroupMismatchError
-from equalize.projections import Tensor
 
 __all__ = ["Chain", "Flip", "Rotate90", "Scale", "Slice", "Transpose", "View"]
 

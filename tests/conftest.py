@@ -138,7 +138,7 @@ def no_loss(y, prediction):
 
 def shown_alike(group) -> bool:
     """Whether the members show one common value, bit for bit where their views lose none."""
-    if not all(member.exact for member in group.members):
+    if not all(member.lossless for member in group.members):
         return group.spread() == 0.0
     values = (ops.convert_to_tensor(ops.convert_to_numpy(member.variable.value)) for member in group.members)
     pulled = (member.pull(value) for member, value in zip(group.members, values, strict=True))

@@ -5,7 +5,7 @@ import json
 import keras
 
 import equalize
-from equalize.binding import rules_on
+from equalize._ties.bound import group_of, ties_on
 from tests.conftest import bits
 
 
@@ -31,7 +31,7 @@ def require_whole(registry: equalize.GroupRegistry):
         assert group.name == name
         assert len(group.members) >= 2
         for member in group.members:
-            bound = [rule for rule in rules_on(member.variable) if rule.bound_group is group]
+            bound = [tie for tie in ties_on(member.variable) if group_of(tie) is group]
             assert len(bound) == (0 if member.constant else 1), (name, member.path)
         if group.hard:
             assert group.spread() == 0.0, name

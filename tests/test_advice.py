@@ -6,10 +6,10 @@ import pytest
 from keras import ops
 
 import equalize
-from equalize import reporting
-from equalize.advice import Advice
+from equalize._reports import summary
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError
+from equalize.registry import Advice
 from equalize.regularizers import MeanL2
 from equalize.views import Flip, Transpose
 from tests.conftest import bits, data, kernels, towers
@@ -217,7 +217,7 @@ def test_the_table_fits_a_log_whatever_the_numbers():
     for number in (1.2345e-300, -1.2345e-30, np.nan, np.inf, 123456.0):
         advice = Advice("a/name/of/a/group", dict.fromkeys((0.0, 0.1, 0.25, 0.5, 1.0), number), -1.0, 1.0)
         lines = []
-        reporting.print_advice([advice], lines.append)
+        summary.print_advice([advice], lines.append)
         assert lines[0].isascii()
         assert max(map(len, lines[0].splitlines())) <= 80
 

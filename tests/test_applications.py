@@ -15,9 +15,9 @@ from keras import ops
 from sklearn.datasets import load_digits
 
 import equalize
+from equalize._ties.rules import Rule
 from equalize.constraints import Equal
 from equalize.regularizers import MeanL2
-from equalize.rules import Rule
 from equalize.views import Transpose, View
 from tests.conftest import bits, fit
 

@@ -22,11 +22,10 @@ from keras import ops
 
 import equalize
 from equalize import callbacks, constraints, optimizers, regularizers, views
+from equalize._ties.rules import Rule
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError
-from equalize.inspection import Inspection
 from equalize.regularizers import MeanL2, PairwiseNorm
-from equalize.rules import Rule
 from equalize.views import Scale, Transpose, View
 from tests.conftest import BACKEND
 from tests.pictures import picture, require_whole
@@ -104,6 +103,22 @@ def itself():
 def foreign(**changes):
     """The config of something that is no data."""
     return {"module": "os", "class_name": "function", "config": "system", "registered_name": "equalize>Equal"} | changes
+
+
+@keras.saving.register_keras_serializable()
+class ToZero(constraints.GroupConstraint):
+    """A rule of one's own."""
+
+    def project(self, values):
+        return [ops.zeros_like(value) for value in values]
+
+
+@keras.saving.register_keras_serializable()
+class Squares(regularizers.GroupRegularizer):
+    """Another."""
+
+    def penalty(self, values):
+        return sum(ops.sum(ops.square(value)) for value in values)
 
 
 # Each by a function of the world, since some are used up, and some must be of the model that they are given to.
@@ -250,15 +265,15 @@ def monitor_after_an_epoch(w):
     return monitor
 
 
-def set_rule(w, rule):
-    w.registry["soft"].rule = rule
+def replace(w, name, rule):
+    w.registry.replace(name, rule)
     w.registry.sync()  # which the next step would do
 
 
 # How to call each public name, and arguments that are in order.
 CALLS = {
     "Group": (equalize.Group, lambda w: {"name": "g", "members": list(w.registry["hard"].members), "rule": Equal()}),
-    "Group.rule": (set_rule, lambda w: {"rule": MeanL2(factor=1.0)}),
+    "GroupRegistry.replace": (replace, lambda w: {"name": "soft", "rule": MeanL2(factor=1.0)}),
     "GroupRegistry.link": (
         unpacked(lambda w: w.registry.link),
         lambda w: {"arguments": [w.linkable], "initial": "mean"},
@@ -299,6 +314,7 @@ CALLS = {
     "callbacks.TieMonitor.plot": (drawing(lambda w: monitor_after_an_epoch(w).plot), lambda w: {"path": "spread.svg"}),
     "callbacks.TieMonitor": (callbacks.TieMonitor, lambda w: {"registry": w.registry, "atol": 0.5, "repair": True}),
     "constraints.Equal": rule_calls(Equal, rate=0.5, weight=2.0),
+    "constraints.GroupConstraint": rule_calls(ToZero),
     "constraints.Invariant": (constraints.Invariant, lambda w: {"views": [Transpose()], "inner": "non_neg"}),
     "optimizers.TiedOptimizer": (
         optimizers.TiedOptimizer,
@@ -317,6 +333,7 @@ CALLS = {
         lambda w: {"config": copy.deepcopy(w.configs["optimizer"])},
     ),
     "regularizers.ChainL2": soft(regularizers.ChainL2),
+    "regularizers.GroupRegularizer": soft(Squares),
     "regularizers.MeanL2": soft(MeanL2),
     "regularizers.PairwiseL1": soft(regularizers.PairwiseL1),
     "regularizers.PairwiseL2": soft(regularizers.PairwiseL2),
@@ -337,11 +354,10 @@ CALLS = {
 FUNCTIONS = {"print_fn", "schedule"}  # which users write, and whose errors are theirs
 
 # What equalize or Keras calls with objects of its own, and never a user.
-CALLED_BY_RULES = {"adopt", "follow", "project", "share", "sync"}  # of a group
+CALLED_BY_RULES = {"adjust", "adopt", "follow", "project", "projected", "rule", "share", "sync"}  # of a group
 CALLED_BY_GROUPS = {"pull", "pull_gradient", "show", "show_gradient"}  # of a member
 CALLED_BY_MEMBERS = {"adjoint", "common_shape", "forward", "pull"}  # of a view
-CALLED_BY_CALLBACKS = {"checked_strength"}  # of a rule
-BASES = {equalize.GroupRegistry: [Inspection]}  # which are not public, and hold some of the methods
+CALLED_BY_GROUP = {"checked_strength", "having", "penalty", "project", "subset"}  # of a rule
 CALLED_BY_KERAS = {
     "apply_gradients",  # hands over to `apply`
     "exclude_from_weight_decay",
@@ -362,7 +378,7 @@ def called_by_others(kind, method):
         (kind is equalize.Group and method in CALLED_BY_RULES)
         or (kind is equalize.Member and method in CALLED_BY_GROUPS)
         or (issubclass(kind, View) and method in CALLED_BY_MEMBERS)
-        or (issubclass(kind, Rule) and method in CALLED_BY_CALLBACKS)
+        or (issubclass(kind, Rule) and method in CALLED_BY_GROUP)
         or (issubclass(kind, optimizers.TiedOptimizer) and method in CALLED_BY_KERAS)
         or (issubclass(kind, keras.callbacks.Callback) and method.startswith("on_"))
     )
@@ -382,8 +398,7 @@ def public_names():
         if inspect.isclass(thing) and not issubclass(thing, Exception):
             if thing not in (View, equalize.GroupRegistry):  # the base of others, and one without arguments
                 yield name
-            methods = {k: v for kind in (*BASES.get(thing, ()), thing) for k, v in vars(kind).items()}
-            for method, value in methods.items():
+            for method, value in vars(thing).items():
                 value = getattr(value, "__func__", value)
                 takes = inspect.isfunction(value) and len(inspect.signature(value).parameters) > 1
                 settable = isinstance(value, property) and value.fset is not None

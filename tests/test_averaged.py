@@ -141,13 +141,14 @@ def test_a_soft_tie_of_a_member_counts_in_full_beside_the_groups_mean(soft_first
 
 def test_a_group_that_is_hard_no_longer_regularizes_each_member():
     members = [variable([1.0], L2(0.1)) for _ in range(2)]
-    group = equalize.GroupRegistry().tie("g", members, Equal())
+    registry = equalize.GroupRegistry()
+    registry.tie("g", members, Equal())
     assert penalties(members) == pytest.approx([0.05, 0.05])
-    group.rule = Equal(rate=0.5)
+    registry.replace("g", Equal(rate=0.5))
     assert penalties(members) == pytest.approx([0.1, 0.1])
-    group.rule = MeanL2(factor=0.0)
+    registry.replace("g", MeanL2(factor=0.0))
     assert penalties(members) == pytest.approx([0.1, 0.1])
-    group.rule = Equal()
+    registry.replace("g", Equal())
     assert penalties(members) == pytest.approx([0.05, 0.05])
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import equalize
+from equalize._ties.rules import Rule
 from equalize.callbacks import TieMonitor
 from equalize.constraints import Equal, Invariant
 from equalize.errors import EqualizeError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
-from equalize.rules import Rule
 from equalize.views import Transpose
 from tests.conftest import BACKEND, KERAS_3_5, EveryStep, bits, bitwise_equal, compile_quickly, data, kernels, towers
 

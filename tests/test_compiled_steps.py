@@ -236,7 +236,7 @@ def test_a_value_that_is_not_a_number_stays_one_in_a_compiled_step():
     registry = equalize.GroupRegistry()
     registry.tie("group", variables, MeanL2(factor=0.0))
     group = registry["group"]
-    group.rule = Equal()
+    registry.replace(group.name, Equal())
     step, _ = compiled_step(keras.optimizers.SGD(0.0), variables, wavy(variables, np.random.default_rng(0)))
     step()
     for variable in variables:

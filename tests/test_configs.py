@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 import equalize
-from equalize.binding import rules_on
+from equalize._ties.bound import ties_on
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
@@ -216,7 +216,7 @@ def try_registry(config):
     require_whole(registry)
     registry.untie()
     for weight in TARGET.weights:
-        assert not list(rules_on(weight))
+        assert not list(ties_on(weight))
         weight.constraint = weight.regularizer = None  # what a rule had inside stays
     return "linked"
 
@@ -348,7 +348,7 @@ def rewritten(path, change):
         ('"equalize>Transpose"', '"equalize>Equal"'),
         ('"module": "keras.constraints", "class_name": "MaxNorm"', '"module": "bomb", "class_name": "F"'),
         ('"rate": 1.0', '"rate": 7.0'),
-        ('"handed": [', '"handed": [-1, '),
+        ('"updated": [', '"updated": [-1, '),
         ('"reduction": "sum"', '"reduction": "max"'),
         ('"groups": []', '"groups": [{}]'),
     ],

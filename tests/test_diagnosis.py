@@ -275,7 +275,7 @@ def test_regularizers_that_differ_within_a_hard_group_are_found():
     assert (finding.kind, finding.subject) == ("regularizers", "pair")
     assert "'w0': L2(l2=0.1" in finding.message
     assert "'w1': none" in finding.message
-    registry["pair"].rule = Equal(rate=0.5)
+    registry.replace("pair", Equal(rate=0.5))
     assert registry.diagnose() == []
 
 

@@ -145,4 +145,4 @@ def test_the_config_of_a_tie_leaves_to_the_variables_what_is_theirs():
     assert registry.get_config()["groups"][0]["rule"]["config"]["inner"] is None
     clone = keras.models.clone_model(model)
     restored = equalize.GroupRegistry.from_config(registry.get_config()).link(clone)
-    assert isinstance(restored["g"].rule.inner, keras.constraints.UnitNorm)
+    assert isinstance(restored["g"].inner, keras.constraints.UnitNorm)

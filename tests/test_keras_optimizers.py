@@ -17,7 +17,7 @@ import pytest
 from keras import ops
 
 import equalize
-from equalize import backend
+from equalize import _backend as backend
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 from tests.conftest import BACKEND, bitwise_equal

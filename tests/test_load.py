@@ -17,12 +17,12 @@ import pytest
 from keras import ops
 
 import equalize
+from equalize._ties.group import Group
+from equalize._ties.member import Member
+from equalize._ties.rules import Rule
 from equalize.constraints import Equal
-from equalize.groups import Group
-from equalize.members import Member
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
-from equalize.rules import Rule
 from tests.conftest import BACKEND, MODES, QUICK, data, in_new_process, kernels, towers
 
 WAYS = ("hard", "exact", "partial", "soft")

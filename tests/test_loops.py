@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import equalize
+from equalize._math import means
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError
 from equalize.regularizers import MeanL2, PairwiseL2
@@ -68,7 +69,7 @@ class Count:
 
     def __init__(self, monkeypatch):
         self.means = self.applied = 0
-        mean, apply = equalize.groups._mean, keras.optimizers.Optimizer.apply
+        mean, apply = means.mean, keras.optimizers.Optimizer.apply
 
         def counting_mean(*args):
             self.means += 1
@@ -78,7 +79,7 @@ class Count:
             self.applied += 1
             return apply(optimizer, *args, **kwargs)
 
-        monkeypatch.setattr(equalize.groups, "_mean", counting_mean)
+        monkeypatch.setattr(means, "mean", counting_mean)
         # A `LossScaleOptimizer` has an `apply` of its own, which calls that of its inner optimizer.
         monkeypatch.setattr(keras.optimizers.Optimizer, "apply", counting_apply)
 

@@ -458,11 +458,11 @@ def test_wrong_arguments_are_refused(arguments, error, message):
         TiedOptimizer(**arguments)
 
 
-@pytest.mark.parametrize("handed", [[1, 0], [0, 0], [-1], [True], "01"])
-def test_a_config_lists_the_variables_that_had_slots_in_order(handed):
+@pytest.mark.parametrize("updated", [[1, 0], [0, 0], [-1], [True], "01"])
+def test_a_config_lists_the_variables_that_had_slots_in_order(updated):
     config = TiedOptimizer("adam", equalize.GroupRegistry()).get_config()
-    with pytest.raises(EqualizeError, match="`handed` must be a list of indices, ascending"):
-        TiedOptimizer.from_config(config | {"handed": handed})
+    with pytest.raises(EqualizeError, match="`updated` must be a list of indices, ascending"):
+        TiedOptimizer.from_config(config | {"updated": updated})
 
 
 def test_one_inside_another_is_refused():

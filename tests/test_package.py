@@ -1,12 +1,16 @@
+import ast
 import inspect
+import os
+import pathlib
+import re
+import subprocess
+import sys
 import types
 
 import keras
 import pytest
 
 import equalize
-import equalize.advice
-import equalize.diagnosis
 
 
 def public_names():
@@ -18,7 +22,7 @@ def public_names():
             names |= {f"{name}.{inner}": getattr(thing, inner) for inner in thing.__all__}
         elif name != "__version__":
             names[name] = thing
-    return names | {"Advice": equalize.advice.Advice, "Finding": equalize.diagnosis.Finding}
+    return names | {"Advice": equalize.registry.Advice, "Finding": equalize.registry.Finding}
 
 
 PUBLIC = public_names()
@@ -71,11 +75,34 @@ def test_arguments_methods_and_properties_are_documented(name):
             assert inspect.getdoc(member) or hasattr(keras.optimizers.Optimizer, attribute), attribute
 
 
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def test_each_backend_has_the_same_functions():
+    folder = pathlib.Path(equalize.__file__).parent / "_backend"
+    trees = {name: ast.parse((folder / f"{name}.py").read_text("utf-8")) for name in BACKENDS}
+    functions = {
+        name: {node.name: ast.dump(node.args) for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for name, tree in trees.items()
+    }
+    public = [{k: v for k, v in each.items() if not k.startswith("_")} for each in functions.values()]
+    assert public[0] == public[1] == public[2]
+    named = re.findall(r"^(\w+) = _native\.(\w+)$", (folder / "__init__.py").read_text("utf-8"), re.MULTILINE)
+    assert {name for name, _ in named} == {name for _, name in named} == set(public[0])
+
+
+@pytest.mark.slow
+def test_a_backend_that_does_not_train_is_refused_at_the_import():
+    environment = os.environ | {"KERAS_BACKEND": "numpy"}
+    run = subprocess.run([sys.executable, "-c", "import equalize"], env=environment, capture_output=True, text=True)
+    assert "ImportError: equalize needs a backend of Keras that trains: expected 'tensorflow'" in run.stderr
+
+
 MADE_BY_EQUALIZE = (
     equalize.Group,
     equalize.GroupRegistry,
     equalize.Member,
-    equalize.advice.Advice,
-    equalize.diagnosis.Finding,
+    equalize.registry.Advice,
+    equalize.registry.Finding,
     equalize.views.View,
 )

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from keras import ops
 
-from equalize import backend, penalties
+from equalize import _backend as backend
+from equalize._math import penalties
 from tests import references, strategies
 from tests.conftest import BACKEND, MODES, gradients
 
@@ -19,19 +20,13 @@ BY_DIFFERENCES = [name for name in NAMES if name != "trace_norm"]
 
 
 def evaluated(name, values, *strengths, dtype="float32"):
-    """The value of a penalty and its gradients, from its shares."""
+    """The value of a penalty and its gradients."""
     variables = [keras.Variable(value, dtype=dtype) for value in values]
-    shares = getattr(penalties, name)([ops.convert_to_tensor(value.value) for value in frozen(variables)], *strengths)
-    total = sum(float(ops.convert_to_numpy(share(v.value))) for share, v in zip(shares, variables, strict=True))
 
-    def loss():
-        return sum(share(ops.convert_to_tensor(v)) for share, v in zip(shares, variables, strict=True))
+    def penalty():
+        return getattr(penalties, name)([backend.tensor(variable) for variable in variables], *strengths)
 
-    return total, np.stack(gradients(loss, variables))
-
-
-def frozen(variables):
-    return [keras.Variable(ops.convert_to_numpy(v.value), trainable=False, dtype=v.dtype) for v in variables]
+    return float(ops.convert_to_numpy(penalty())), np.stack(gradients(penalty, variables))
 
 
 def close(found, expected, scale=1.0):
@@ -171,9 +166,7 @@ def compiled(name, mode):
     """From the stacked values of the members to the penalty and its gradient, run as a step of a mode is."""
 
     def total(values):
-        members = ops.unstack(values)
-        shares = getattr(penalties, name)([ops.stop_gradient(member) for member in members])
-        return sum(share(member) for share, member in zip(shares, members, strict=True))
+        return getattr(penalties, name)(ops.unstack(values))
 
     if BACKEND == "jax":
         import jax
@@ -262,7 +255,7 @@ def test_no_two_pairs_are_held_at_once(few, monkeypatch):
     monkeypatch.setattr(penalties, "_FEW", few)
 
     def total(*values):
-        return sum(share(value) for share, value in zip(penalties.pairwise_norm(values), values, strict=True))
+        return penalties.pairwise_norm(values)
 
     graph = tf.function(total, autograph=False).get_concrete_function(*[tf.zeros((30, 20))] * 6).graph
     members = [each for each in graph.get_operations() if each.type in ("Placeholder", "Unpack")]

@@ -77,7 +77,7 @@ def test_an_existing_constraint_is_kept_through_a_config():
     registry.tie("g", kernels(model), Equal())
     clone = keras.models.clone_model(model)
     restored = through_json(registry).link(clone)
-    assert isinstance(restored["g"].rule.inner, keras.constraints.NonNeg)
+    assert isinstance(restored["g"].inner, keras.constraints.NonNeg)
     fit(clone, restored)
     assert all(np.all(ops.convert_to_numpy(kernel.value) >= 0) for kernel in kernels(clone))
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import equalize
-from equalize import plotting
+from equalize._reports import plots
 from equalize.constraints import Equal
 from equalize.regularizers import ChainL2, MeanL2
 from tests.conftest import data, kernels, towers
@@ -51,13 +51,13 @@ def test_the_picture_names_groups_rules_layers_and_spreads(tmp_path, drawn):
 def test_a_heat_map_holds_the_largest_difference_of_each_pair_of_members():
     model, registry = tied()
     steps = []
-    distances = plotting._distances(registry["soft"], lambda: steps.append(1))
+    distances = plots._distances(registry["soft"], lambda: steps.append(1))
     values = [keras.ops.convert_to_numpy(kernel.value) for kernel in kernels(model)]
     expected = [[np.max(np.abs(one - two)) for two in values] for one in values]
     np.testing.assert_array_equal(distances, np.array(expected))
     assert distances.max() == pytest.approx(registry["soft"].spread(), rel=1e-6)
     assert len(steps) == 4
-    assert not plotting._distances(registry["hard"], lambda: None).any()
+    assert not plots._distances(registry["hard"], lambda: None).any()
 
 
 def test_members_are_compared_through_their_views():
@@ -67,7 +67,7 @@ def test_members_are_compared_through_their_views():
     two.assign(np.arange(6.0).reshape(2, 3).T + np.float32([[0, 0], [0, 5], [0, 0]]))
     registry = equalize.GroupRegistry()
     group = registry.tie("pair", [one, (two, equalize.views.Transpose())], MeanL2())
-    assert plotting._distances(group, lambda: None)[0, 1] == 5.0
+    assert plots._distances(group, lambda: None)[0, 1] == 5.0
 
 
 def test_many_groups_and_members_and_what_is_not_a_number(tmp_path, drawn):
@@ -105,7 +105,7 @@ def test_the_history_of_a_monitor_is_one_line_for_each_history_with_its_name_at_
 
 
 def test_names_at_the_ends_of_lines_do_not_cover_each_other(tmp_path, drawn):
-    plotting.plot_spread({f"group {i}": [1.0, 0.5 + 1e-4 * i] for i in range(6)}, tmp_path / "spread.png")
+    plots.plot_spread({f"group {i}": [1.0, 0.5 + 1e-4 * i] for i in range(6)}, tmp_path / "spread.png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 

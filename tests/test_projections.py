@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
-from equalize import backend, projections
+from equalize import _backend as backend
+from equalize._math import means
 from tests import strategies
 from tests.conftest import BACKEND
 
@@ -14,7 +15,7 @@ def to_numpy(tensor):
 
 
 def mean(arrays, weights=None):
-    return to_numpy(projections.mean([ops.convert_to_tensor(array) for array in arrays], weights))
+    return to_numpy(means.mean([ops.convert_to_tensor(array) for array in arrays], weights))
 
 
 def test_mean_of_two_by_hand():
@@ -60,7 +61,7 @@ def test_mean_of_scalars():
 def test_mean_of_equal_members_changes_no_bit_in_large_tensors(n, fused):
     array = np.random.default_rng(0).normal(size=(128, 128)).astype("float32")
     array[0, :6] = [np.inf, -np.inf, -0.0, 1e-40, 3.4e38, -3.4e38]
-    function = backend.fused(projections.mean) if fused else projections.mean
+    function = backend.fused(means.mean) if fused else means.mean
     assert to_numpy(function([ops.convert_to_tensor(array)] * n)).tobytes() == array.tobytes()
 
 
@@ -86,7 +87,7 @@ def test_mean_does_not_overflow_inside_a_tensorflow_graph(n):
     import tensorflow as tf
 
     values = [tf.Variable(np.float32([3.4e38, -3.4e38]) * (1 - 0.01 * i)) for i in range(n)]
-    result = tf.function(lambda: projections.mean([tf.convert_to_tensor(v) for v in values]))().numpy()
+    result = tf.function(lambda: means.mean([tf.convert_to_tensor(v) for v in values]))().numpy()
     assert np.all(np.isfinite(result))
     assert result == pytest.approx(np.mean([v.numpy().astype("float64") for v in values], axis=0), rel=1e-6)
 
@@ -116,11 +117,11 @@ def test_mean_is_the_nearest_point_and_non_expansive(members, data):
 @given(strategies.groups(max_members=2, bound=1e4), st.floats(0.01, 1.0))
 def test_relax_is_the_proximal_operator(members, rate):
     value, target = members[0], members[1]
-    result = to_numpy(projections.relax(ops.convert_to_tensor(value), ops.convert_to_tensor(target), rate))
+    result = to_numpy(means.relax(ops.convert_to_tensor(value), ops.convert_to_tensor(target), rate))
     expected = (1 - rate) * value.astype("float64") + rate * target.astype("float64")
     assert np.all(np.abs(result - expected) <= 1e-5 * (np.abs(value) + np.abs(target)) + 1e-37)
 
 
 def test_relax_leaves_what_is_there_already():
     value = ops.convert_to_tensor(np.float32([0.1, -0.0, np.inf, 1e-40]))
-    assert to_numpy(projections.relax(value, value, 0.3)).tobytes() == to_numpy(value).tobytes()
+    assert to_numpy(means.relax(value, value, 0.3)).tobytes() == to_numpy(value).tobytes()

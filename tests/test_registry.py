@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import equalize
-from equalize import backend
+from equalize import _backend as backend
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm

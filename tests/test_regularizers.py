@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 import equalize
-from equalize import penalties
+from equalize._math import penalties
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.views import Scale, Transpose

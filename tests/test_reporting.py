@@ -3,7 +3,7 @@ import numpy as np
 import rich.console
 
 import equalize
-from equalize import reporting
+from equalize._reports import summary
 from tests.conftest import kernels, towers
 
 
@@ -47,8 +47,8 @@ def test_anchors_hold_and_constants_do_not_count():
     registry.tie("held", kernels(model)[:2], equalize.constraints.Equal())
     registry.tie("near", [kernels(model)[2], np.zeros((5, 4), "float32")], equalize.regularizers.MeanL2())
     held, near = registry.values()
-    assert (reporting.weights_stored([held]), reporting.weights_free([held])) == (40, 0)
-    assert (reporting.weights_stored([near]), reporting.weights_free([near])) == (20, 20)
+    assert (summary.weights_stored([held]), summary.weights_free([held])) == (40, 0)
+    assert (summary.weights_stored([near]), summary.weights_free([near])) == (20, 20)
     assert "(anchor)" in printed(registry)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
-from equalize import symmetry
+from equalize._math import symmetry
 from equalize.constraints import Invariant
 from equalize.errors import EqualizeError
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose

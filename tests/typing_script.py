@@ -69,7 +69,7 @@ def train(registry: equalize.GroupRegistry) -> TieMonitor:
     monitor.plot("spread.png")
     registry.project()
     registry.sync("mean", "towers")
-    registry["towers"].rule = MeanL2(factor=0.1)
+    registry.replace("towers", MeanL2(factor=0.1))
     registry.penalty("towers")
     return monitor
 

@@ -1,0 +1,115 @@
+"""What each backend does in its own way: the same functions in `tensorflow`, `jax` and `torch`, described here once.
+
+`keras_private` holds every private name of Keras that equalize relies on; `attributes`, `models` and `optimizers` find
+their way through Keras's objects.
+"""
+
+import keras
+
+from equalize._backend.common import current_scope, dtype, in_symbolic_scope, is_purged, is_variable, is_visible
+from equalize._backend.tensors import Tensor, WriteTracker
+
+if keras.backend.backend() == "tensorflow":
+    from equalize._backend import tensorflow as _native
+elif keras.backend.backend() == "jax":
+    from equalize._backend import jax as _native
+elif keras.backend.backend() == "torch":
+    from equalize._backend import torch as _native
+else:
+    raise ImportError(
+        "equalize needs a backend of Keras that trains: expected 'tensorflow', 'jax' or 'torch'; received "
+        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND before Keras is imported."
+    )
+
+__all__ = ["Tensor", "WriteTracker"]
+__all__ += ["current_scope", "dtype", "in_symbolic_scope", "is_purged", "is_variable", "is_visible"]
+
+# ---- values of variables
+
+is_raw_variable = _native.is_raw_variable
+"""Whether something is a `tf.Variable`, where that is the backend's."""
+
+tensor = _native.tensor
+"""A variable's value, or a tensor as it is, as a native tensor that gradients flow through."""
+
+read = _native.read
+"""A variable's value in its own dtype, as a native tensor that carries no gradient."""
+
+read_live = _native.read_live
+"""What a variable holds whenever the step runs that is traced here, and that does not carry it."""
+
+concrete = _native.concrete
+"""A variable's value as an array, also while a step is traced; None where it is not available."""
+
+array = _native.array
+"""A tensor as an array; these calls gather collectively what is spread over several processes."""
+
+own_copy = _native.own_copy
+"""A value in a buffer of its own, where two variables must not hold one."""
+
+track_writes = _native.track_writes
+"""Tracks whether a variable can have been written from now on; what cannot be known counts as written.
+
+Keras calls the constraint of every member in one step, so the first call does the work and the others should do none.
+That is right only where no member can have changed in between. Keeps neither variable nor graph alive. `value` is what
+the variable holds or is about to hold, and `awaited` says that Keras has yet to write it.
+"""
+
+# ---- when and where computations run
+
+is_tracing = _native.is_tracing
+"""Whether what is computed here becomes part of a step that JAX compiles."""
+
+is_traced = _native.is_traced
+"""Whether a value is a placeholder of a JAX trace."""
+
+computes_later = _native.computes_later
+"""Whether what is computed here only has a shape, or becomes part of a step that is run later."""
+
+may_be_traced = _native.may_be_traced
+"""Whether a compiled function may hold a variable, or what it was constrained and regularized by."""
+
+eagerly = _native.eagerly
+"""A scope in which arrays are computed with at once, also while a step is traced."""
+
+after = _native.after
+"""A scope whose operations begin when some tensors are there, so that less memory is used at once."""
+
+adjustable = _native.adjustable
+"""A variable that compiled steps read a number from; None where they cannot, and the number is compiled in."""
+
+computed_once = _native.computed_once
+"""A value, computed in one place for all that is made of it.
+
+XLA is free to compute a tensor in each kernel that reads it, and rounds it there as suits that kernel, so two members
+could be given two values. It removes `optimization_barrier` before it fuses on CPUs, but never computes the result of
+a conditional twice. The condition depends on data, and both branches give the same numbers.
+"""
+
+fused = _native.fused
+"""A function of tensors and options, in one pass over memory where the backend does not fuse by itself."""
+
+# ---- gradients
+
+gradients = _native.gradients
+"""The gradients of `function()`, a scalar, by variables, computed at once; None where there is none."""
+
+value_and_gradients = _native.value_and_gradients
+"""`function(tensors)`, a scalar, and its gradients by the tensors, which carry none themselves."""
+
+with_gradients = _native.with_gradients
+"""A scalar, with given gradients by some tensors in place of those that it has."""
+
+add_gradients = _native.add_gradients
+"""The sum of gradients of one shape; of sparse ones as TensorFlow sums those of one variable that is used often."""
+
+scale_gradient = _native.scale_gradient
+"""A multiple of a gradient; of a sparse one sparse."""
+
+sum_of_squares = _native.sum_of_squares
+"""Σ x², a scalar."""
+
+# ---- layers
+
+replace_parameter = _native.replace_parameter
+"""Lists a variable in the place of another among the parameters that PyTorch knows of a layer."""

@@ -1,0 +1,147 @@
+"""The backend's functions on JAX, which traces a step, compiles it, and carries all state through it."""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import keras
+import numpy as np
+from keras import ops
+
+from equalize._backend.common import dtype, is_variable
+from equalize._backend.keras_private import held_value, in_symbolic_scope
+from equalize._backend.tensors import Tensor, WriteTracker, mark_nans
+
+
+def is_raw_variable(x: Any) -> bool:
+    return False
+
+
+def tensor(x: Any) -> Tensor:
+    return x.value if is_variable(x) else x
+
+
+def read(variable: keras.Variable) -> Tensor:
+    return tensor(variable)
+
+
+def read_live(variable: keras.Variable) -> Tensor:
+    # A step that is compiled would keep the value of now, so it calls back for it: a copy of the value for each step.
+    if not is_tracing():
+        return read(variable)
+    shape = jax.ShapeDtypeStruct(tuple(variable.shape), dtype(variable))
+    return jax.pure_callback(lambda: array(variable.value), shape)
+
+
+def concrete(variable: keras.Variable) -> np.ndarray | None:
+    value = held_value(variable)
+    return None if value is None or is_traced(value) else array(value)
+
+
+def array(value: Tensor) -> np.ndarray:
+    # What is spread over several processes, all of them gather together.
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        with jax.ensure_compile_time_eval():
+            value = multihost_utils.process_allgather(value, tiled=True)
+    return ops.convert_to_numpy(value)
+
+
+def own_copy(value: Tensor) -> Tensor:
+    # JAX donates the buffers of all variables to the step and refuses one twice. A trace has no buffers yet.
+    return value if is_traced(value) else jnp.array(value, copy=True)
+
+
+def is_tracing() -> bool:
+    return is_traced(ops.zeros(()))
+
+
+def is_traced(value: Tensor) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def computes_later() -> bool:
+    return in_symbolic_scope() or is_tracing()
+
+
+def may_be_traced(variable: keras.Variable) -> bool:
+    return True  # compiled functions leave no sign
+
+
+def eagerly() -> AbstractContextManager[None]:
+    return jax.ensure_compile_time_eval()
+
+
+def after(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def adjustable(number: float) -> Any:
+    return None
+
+
+def computed_once(value: Tensor) -> Tensor:
+    # XLA removes barriers before it fuses on CPUs, but never computes the result of a conditional twice.
+    if 0 in value.shape or not is_traced(value):
+        return value
+    return jax.lax.platform_dependent(value, cpu=_through_switch, default=jax.lax.optimization_barrier)
+
+
+def _through_switch(value: Tensor) -> Tensor:
+    """The value, out of a conditional that no compiler can decide beforehand: it asks whether an entry is a number."""
+    first = jnp.reshape(jax.lax.slice(value, [0] * value.ndim, [1] * value.ndim), ())
+    return jax.lax.switch((first != first).astype("int32"), [lambda x: x, mark_nans], value)
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable]) -> list[Tensor | None]:
+    def stateless(values: Sequence[Tensor]) -> Tensor:
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return function()
+
+    return jax.grad(stateless)([variable.value for variable in variables])
+
+
+def value_and_gradients(
+    function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    return jax.value_and_grad(function)(list(tensors))
+
+
+def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    value = jax.lax.stop_gradient(value)
+    for x, gradient in zip(tensors, gradients, strict=True):
+        value = value + jnp.sum(gradient * (x - jax.lax.stop_gradient(x)))
+    return value
+
+
+def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
+    # Backpropagation adds up the uses of one variable from the last to the first.
+    return functools.reduce(ops.add, reversed(gradients))
+
+
+def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
+    return gradient * factor
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    return ops.sum(ops.square(x))
+
+
+def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
+    pass
+
+
+def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:
+    """Arrays and tracers never change: the same object is the same value."""
+    then = weakref.ref(value)
+    return lambda variable: variable.value if variable.value is then() else None

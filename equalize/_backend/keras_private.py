@@ -1,0 +1,101 @@
+"""Every private name of Keras that equalize relies on, one function each (Keras 3.15).
+
+`tests/test_keras_private.py` calls each of them, and so says which one is gone when a new Keras drops it. What else
+looks private in the package is our own, or an attribute that `TiedOptimizer` defines because Keras reads it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+
+def stateless_scope() -> Any:
+    """The `keras.StatelessScope` that is active, or None. Keras exports the class but not this getter."""
+    from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+    return get_stateless_scope()
+
+
+def in_symbolic_scope() -> bool:
+    """Whether Keras only infers shapes, so that no value matters."""
+    from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+    return in_symbolic_scope()
+
+
+def is_variable(x: Any) -> bool:
+    """Whether something is a Keras variable; those of layers are no `keras.Variable` in Keras 3.5."""
+    from keras.src.backend import Variable
+
+    return isinstance(x, Variable)
+
+
+def held_value(variable: keras.Variable) -> Any:
+    """The value in a variable outside of all scopes; None while `fit` runs on JAX, when only the step holds it."""
+    return variable._value
+
+
+def own_variables(layer: keras.Layer) -> tuple[list[Any], list[Any]]:
+    """The two lists in which a layer keeps its own variables, those made trainable and the others."""
+    return layer._trainable_variables, layer._non_trainable_variables
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that a layer tracks, in the order in which it got them."""
+    return layer._layers
+
+
+def flattened(layer: keras.Layer) -> Iterator[keras.Layer]:
+    """A layer and all layers below it."""
+    return layer._flatten_layers()
+
+
+def is_initialized(layer: keras.Layer) -> bool:
+    """Whether the constructor of `keras.Layer` has run."""
+    return hasattr(layer, "_tracker")
+
+
+def replace_variable(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
+    """Tracks `new` in the place of `old`, also in the order of the layer's weights, by which Keras saves."""
+    store = next(store for store in own_variables(layer) if any(own is old for own in store))
+    index = next(i for i, own in enumerate(store) if own is old)
+    locked, trainable = layer._tracker.locked, new.trainable
+    layer._tracker.unlock()
+    try:
+        layer._untrack_variable(old)
+        new.trainable = store is layer._trainable_variables  # Keras chooses the list by this, not by the old place
+        layer._track_variable(new)
+        new.trainable = trainable
+        store.insert(index, store.pop())
+    finally:
+        if locked:
+            layer._tracker.lock()
+
+
+def replace_torch_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
+    """Lists `new` for `old` among a layer's parameters; in PyTorch every layer lists those of the layers below it."""
+    if getattr(layer, "_torch_params", {}).get(old.path) is old.value:
+        layer._post_untrack_variable(old)
+        layer._post_track_variable(new)
+
+
+def updated_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that an optimizer was built for."""
+    return optimizer._trainable_variables
+
+
+def decays(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
+    """Whether weight decay, where an optimizer has any, applies to a variable."""
+    return bool(optimizer._use_weight_decay(variable))
+
+
+def optimizer_for(optimizer: Any, variable: keras.Variable) -> Any:
+    """The optimizer that a `MultiOptimizer` chooses for a variable; None for any other optimizer."""
+    choose = getattr(optimizer, "_optimizer_map", None)
+    return choose(variable) if callable(choose) else None
+
+
+def uses_adamw(optimizer: Any, variable: keras.Variable) -> bool | None:
+    """Whether Muon trains a variable by AdamW; None for any other optimizer."""
+    return bool(optimizer._should_use_adamw(variable)) if hasattr(optimizer, "_should_use_adamw") else None

@@ -1,0 +1,214 @@
+"""The backend's functions on TensorFlow, in graphs, under XLA and eagerly."""
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from equalize._backend.keras_private import held_value, in_symbolic_scope
+from equalize._backend.tensors import Tensor, WriteTracker, mark_nans
+
+# Below this many entries a launch of its own costs more than the passes over memory that fusing saves.
+_WORTH_FUSING = 2**15
+
+
+def is_raw_variable(x: Any) -> bool:
+    return isinstance(x, tf.Variable)
+
+
+def tensor(x: Any) -> Tensor:
+    return tf.convert_to_tensor(x)  # `ops.convert_to_tensor` gives a `tf.Variable`, read by every operation again
+
+
+def read(variable: keras.Variable) -> Tensor:
+    return tensor(variable)
+
+
+def read_live(variable: keras.Variable) -> Tensor:
+    return read(variable)
+
+
+def concrete(variable: keras.Variable) -> np.ndarray | None:
+    with tf.init_scope():
+        return None if tf.distribute.has_strategy() else held_value(variable).numpy()
+
+
+def array(value: Tensor) -> np.ndarray:
+    return ops.convert_to_numpy(value)
+
+
+def own_copy(value: Tensor) -> Tensor:
+    return value
+
+
+def is_tracing() -> bool:
+    return False
+
+
+def is_traced(value: Tensor) -> bool:
+    return False
+
+
+def computes_later() -> bool:
+    return in_symbolic_scope() or tf.inside_function()
+
+
+def may_be_traced(variable: keras.Variable) -> bool:
+    # Graphs hold the handles of the variables that they have captured, so nobody else's count of references is larger.
+    if isinstance(variable.value, tf.distribute.DistributedValues):
+        return True
+    with tf.init_scope():
+        untraced = tf.Variable(tf.constant(0.0))
+    return sys.getrefcount(variable.value.handle) > sys.getrefcount(untraced.handle)
+
+
+def eagerly() -> AbstractContextManager[None]:
+    return tf.init_scope()
+
+
+def after(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    # A graph starts every operation as soon as it can, and so holds what it could compute one after the other at once.
+    return tf.control_dependencies(tensors)
+
+
+def adjustable(number: float) -> Any:
+    return tf.Variable(tf.constant(number, "float64"), trainable=False, name="strength")
+
+
+def computed_once(value: Tensor) -> Tensor:
+    if 0 in value.shape or not _compiled_by_xla(value):
+        return value
+    first = ops.reshape(ops.slice(value, [0] * len(value.shape), [1] * len(value.shape)), ())
+    index = tf.cast(first != first, "int32")
+    return tf.switch_case(index, [lambda: tf.identity(value), lambda: mark_nans(value)])
+
+
+def _compiled_by_xla(value: Tensor) -> bool:
+    """Whether the value is a placeholder of a graph that XLA will compile, in whole or in clusters."""
+    if not tf.is_symbolic_tensor(value):
+        return False
+    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+    return bool(tf.config.optimizer.get_jit()) or GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A graph is run operation by operation unless the whole step is compiled, so for large tensors the function
+    # becomes an XLA cluster of its own.
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+
+    @functools.wraps(function)
+    def dispatch(tensors: Sequence[Tensor], *options: Any) -> Tensor:
+        entries = sum(tensor.shape.num_elements() for tensor in tensors)
+        return (compiled if entries >= _WORTH_FUSING else function)(tensors, *options)
+
+    return dispatch
+
+
+def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable]) -> list[Tensor | None]:
+    with tf.GradientTape() as tape:
+        value = function()
+    return tape.gradient(value, [variable.value for variable in variables])
+
+
+def value_and_gradients(
+    function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(tensors)
+        value = function(tensors)
+    found = tape.gradient(value, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return value, [tf.convert_to_tensor(gradient) for gradient in found]
+
+
+def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    # A graph is run operation by operation, so the form that compilers get would read and write each tensor four times.
+    def constant(*tensors: Tensor) -> Any:
+        return tf.identity(value), lambda upstream: [upstream * gradient for gradient in gradients]
+
+    return tf.custom_gradient(constant)(*tensors)
+
+
+def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
+    if len(gradients) == 1:
+        return gradients[0]
+    if all(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+        values, indices = ([getattr(g, part) for g in gradients] for part in ("values", "indices"))
+        return tf.IndexedSlices(tf.concat(values, 0), tf.concat(indices, 0), gradients[0].dense_shape)
+    return tf.add_n([tf.convert_to_tensor(gradient) for gradient in gradients])
+
+
+def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
+    return gradient * factor
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    return 2.0 * tf.nn.l2_loss(x)  # one operation, with a gradient that reads `x` once
+
+
+def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
+    pass
+
+
+# ---- writes
+
+
+_READING_OPERATIONS = frozenset({"ReadVariableOp", "ResourceGather", "VariableShape"})
+
+
+def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:
+    """In a graph: nothing but reads, and writes of the value, has been added to the handle. Eagerly: the same buffer.
+
+    While the value is held, nothing can be written into the buffer that it shares with the variable: TensorFlow
+    gives the variable another one. Where reading copies, as after a sparse update or from a GPU, bits are compared.
+    """
+    if not tf.inside_function():
+
+        def eagerly(variable: keras.Variable) -> Tensor | None:
+            now = None if tf.inside_function() else read(variable)
+            return now if now is not None and _is(now, value, variable) else None
+
+        return eagerly
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+        return lambda variable: None
+    name = value.name
+
+    def changes(variable: keras.Variable) -> tuple[int, int]:
+        handle = tf.compat.v1.get_default_graph().capture(variable.value.handle)
+        touched = [op for op in handle.consumers() if op.type not in _READING_OPERATIONS]
+        return id(handle), sum(op.type != "AssignVariableOp" or op.inputs[1].name != name for op in touched)
+
+    graph, then = weakref.ref(tf.compat.v1.get_default_graph()), changes(variable)
+
+    def in_graph(variable: keras.Variable) -> Tensor | None:
+        here = tf.compat.v1.get_default_graph()
+        return here.get_tensor_by_name(name) if here is graph() and changes(variable) == then else None
+
+    return in_graph
+
+
+def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:
+    """Whether a value just read is the one of then: in the same buffer, or where each read is a copy, with its bits."""
+    if _address(now) == _address(then):
+        return True
+    copied = _address(read(variable)) != _address(now)
+    return copied and bool(tf.reduce_all(_integers(now) == _integers(then)))
+
+
+def _address(value: Tensor) -> int:
+    """Where a tensor's buffer lies."""
+    return np.asarray(memoryview(_integers(value))).ctypes.data
+
+
+def _integers(value: Tensor) -> Tensor:
+    """A tensor's bits; NumPy knows integers of every size, but not every float."""
+    return tf.bitcast(value, {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])

@@ -1,0 +1,143 @@
+"""The backend's functions on PyTorch, which runs eagerly."""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras import ops
+
+from equalize._backend.common import is_variable
+from equalize._backend.keras_private import held_value, in_symbolic_scope, replace_torch_parameter
+from equalize._backend.tensors import Tensor, WriteTracker
+
+
+def is_raw_variable(x: Any) -> bool:
+    return False
+
+
+def tensor(x: Any) -> Tensor:
+    return x.value if is_variable(x) else x
+
+
+def read(variable: keras.Variable) -> Tensor:
+    return variable.value.detach()
+
+
+def read_live(variable: keras.Variable) -> Tensor:
+    return read(variable)
+
+
+def concrete(variable: keras.Variable) -> np.ndarray | None:
+    value = held_value(variable)
+    return None if value is None else array(value)
+
+
+def array(value: Tensor) -> np.ndarray:
+    return ops.convert_to_numpy(value)
+
+
+def own_copy(value: Tensor) -> Tensor:
+    return value
+
+
+def is_tracing() -> bool:
+    return False
+
+
+def is_traced(value: Tensor) -> bool:
+    return False
+
+
+def computes_later() -> bool:
+    return in_symbolic_scope()
+
+
+def may_be_traced(variable: keras.Variable) -> bool:
+    return False  # what `torch.compile` compiled looks at attributes itself
+
+
+def eagerly() -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def after(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def adjustable(number: float) -> Any:
+    return None
+
+
+def computed_once(value: Tensor) -> Tensor:
+    return value
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable]) -> list[Tensor | None]:
+    values = [variable.value for variable in variables]
+    return list(torch.autograd.grad(function(), values, allow_unused=True)) if values else []
+
+
+def value_and_gradients(
+    function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    if not torch.is_grad_enabled():  # nobody will ask for them
+        return function(tensors), [torch.zeros((), dtype=x.dtype, device=x.device) for x in tensors]
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    value = function(leaves)
+    found = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+    return value.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value, whose gradients with respect to some tensors are given."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors_and_gradients[count:])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        gradients = [grad_outputs[0] * gradient for gradient in ctx.saved_tensors]
+        return None, None, *gradients, *[None] * len(gradients)
+
+
+def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    return _WithGradients.apply(value, len(tensors), *tensors, *gradients)
+
+
+def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
+    # Backpropagation adds up the uses of one variable from the last to the first.
+    return functools.reduce(ops.add, reversed(gradients))
+
+
+def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
+    return gradient * factor
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    return ops.sum(ops.square(x))
+
+
+def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
+    replace_torch_parameter(layer, old, new)
+
+
+def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:
+    """Every write in place counts up the tensor's version; Keras's own of an awaited value by one at most."""
+    tensor, version = weakref.ref(variable.value), variable.value._version
+
+    def versioned(variable: keras.Variable) -> Tensor | None:
+        unwritten = variable.value is tensor() and 0 <= variable.value._version - version <= int(awaited)
+        return read(variable) if unwritten else None
+
+    return versioned

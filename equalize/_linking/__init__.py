@@ -1,0 +1,1 @@
+"""From models and names to groups: everything is validated, then applied."""

@@ -1,0 +1,251 @@
+"""Who is meant: the rules that models carry, and the members that a user names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+from keras import ops
+
+from equalize import _backend as backend
+from equalize._backend import attributes, keras_private, living
+from equalize._inputs import arguments
+from equalize._inputs.arguments import received
+from equalize._linking import pairing, validation
+from equalize._ties.bound import group_of, rule_of, ties_on
+from equalize._ties.group import Group
+from equalize._ties.member import Member
+from equalize._ties.rules import Rule
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
+from equalize.views import View
+
+Entries: TypeAlias = "list[tuple[keras.Variable, Rule, Group | None]]"
+"""The variables of a group, with the rule on each, and the group that it is bound to already."""
+
+
+def find_groups(models: Sequence[keras.Layer], *, ruleless: bool = False) -> dict[str, Entries]:
+    """The variables with a rule in the order of the models' weights, by the name of the group.
+
+    Args:
+        models: Built models.
+        ruleless: Whether a model without rules is in order, since its ties come from elsewhere.
+
+    Returns:
+        For each group, its entries.
+
+    Raises:
+        NotLinkedError: A model is not built, or carries no rule.
+        EqualizeError: A rule has no group name.
+        TypeError: Something else than a model or layer is given.
+    """
+    if not models:
+        raise EqualizeError("`link` needs a model. Expected: `link(model)`. Received: nothing.")
+    found: dict[str, Entries] = {}
+    seen: set[int] = set()
+    for model in models:
+        rules = 0
+        for variable in weights_of(model):
+            for tie in ties_on(variable):
+                rule = rule_of(tie)
+                rules += 1
+                if rule.group is None:
+                    raise EqualizeError(
+                        f"The rule {rule.describe()} on '{variable.path}' has no group name, so it ties nothing. "
+                        f'Expected: a name shared by all members, as in {type(rule).__name__}("towers").'
+                    )
+                if id(variable) not in seen:
+                    found.setdefault(rule.group, []).append((variable, rule, group_of(tie)))
+            seen.add(id(variable))
+        if not rules and not ruleless:
+            raise NotLinkedError(
+                f"No rule was found in '{model.name}', so there is nothing to link. Expected: layers with, for "
+                'instance, `kernel_constraint=equalize.constraints.Equal("towers")`. To tie layers that are built '
+                "already, use `registry.tie(name, [layer_1, layer_2], equalize.constraints.Equal())`."
+            )
+    return found
+
+
+def existing_group(name: str, entries: Entries, known: Group | None) -> Group | None:
+    """The group that the entries belong to already, or that they extend; None where they found a new one.
+
+    Raises:
+        GroupMismatchError: A group of this name lives elsewhere.
+    """
+    bound = {id(group): group for _, _, group in entries if group is not None}
+    groups = [*bound.values(), *([known] if known is not None and id(known) not in bound else [])]
+    if not groups:
+        return None
+    offered = {id(variable) for variable, _, _ in entries}
+    complete = all(group is groups[0] for _, _, group in entries)
+    extends = {id(member.variable) for member in groups[0].members} <= offered
+    if len(groups) == 1 and (complete or extends):
+        return groups[0]
+    elsewhere = [member for group in groups for member in group.members if id(member.variable) not in offered]
+    raise GroupMismatchError(
+        f"Group '{name}' has members elsewhere already, and the models given name others for it. If one group over "
+        "all of them is meant, link all models in one call: `GroupRegistry().link(model_1, model_2)`. If each model "
+        "is to have a group of its own (a clone, a second copy), give each a registry of its own: "
+        f"`GroupRegistry().link(model_2)`.\nMembers elsewhere:{_lines(elsewhere)}\n"
+        f"Members in the models given:{_lines([Member(variable) for variable, _, _ in entries])}"
+    )
+
+
+def require_rule(name: str, rule: Any) -> None:
+    """Raises unless `rule` can tie the group `name`."""
+    arguments.text("name", name, "the name of the group")
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            "`rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()` or "
+            f"`equalize.regularizers.MeanL2(factor=0.01)`. Received: {received(rule)}."
+        )
+    if isinstance(rule.inner, Rule):
+        raise EqualizeError(
+            f"`tie` makes one group, and the rule brings another as `inner`: {received(rule.inner)}. Expected: a rule "
+            "without. Tie the two groups one after the other; both rules are then on the variables."
+        )
+    if rule.group not in (None, name):
+        raise EqualizeError(
+            f"`tie` was given the name '{name}' and a rule of group '{rule.group}'. Expected: one name. Leave the "
+            f"group out of the rule: {rule.describe()}."
+        )
+
+
+def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
+    """The members of each group that a `tie` makes, and whether layers were given.
+
+    Raises:
+        TypeError: A member is of no known type, or layers are mixed with others.
+    """
+    if not isinstance(members, (list, tuple)):
+        raise TypeError(
+            f"`members` of '{name}' must be a list of variables, arrays or layers. Received: {received(members)}."
+        )
+    layers = [member for member in members if isinstance(member, keras.Layer)]
+    if layers and len(layers) == len(members):
+        if len(layers) == 1:
+            raise GroupMismatchError(
+                f"Group '{name}' has one member: layer '{layers[0].name}'. Expected: at least two layers. To tie "
+                "weights inside one layer, name its variables."
+            )
+        paired = pairing.paired_weights(f"Cannot tie layers into group '{name}'", layers)
+        return {f"{name}/{place}": [Member(v) for v in variables] for place, variables in paired.items()}, True
+    if layers:
+        other = next(member for member in members if not isinstance(member, keras.Layer))
+        kind = "variable" if backend.is_variable(other) else type(other).__name__
+        raise TypeError(
+            f"Cannot tie '{name}': expected either layers or variables; received the layer "
+            f"'{layers[0].name}' and a {kind}. {_by_variables(layers[0])}"
+        )
+    if not members:
+        raise GroupMismatchError(
+            f"Group '{name}' has no members. Expected: at least two variables, arrays or layers. Received: {members!r}."
+        )
+    named: list[Any] = [member[0] if isinstance(member, tuple) and member else member for member in members]
+    variables = [member for member in named if backend.is_variable(member)]
+    dtype = backend.dtype(variables[0]) if variables else None
+    return {name: [_member(name, member, dtype) for member in members]}, False
+
+
+def _member(name: str, member: Any, dtype: str | None) -> Member:
+    view = None
+    if isinstance(member, tuple):
+        if len(member) != 2 or not isinstance(member[1], View):
+            raise TypeError(
+                f"Cannot tie a member into group '{name}': expected a variable or a pair of a variable and a view, "
+                f"for instance `(layer.kernel, equalize.views.Transpose())`; received {received(member)}."
+            )
+        member, view = member
+    if backend.is_variable(member):
+        return Member(member, view=view)
+    native = hasattr(member, "assign") or (hasattr(member, "requires_grad_") and type(member).__name__ == "Parameter")
+    if native or not (isinstance(member, np.ndarray) or ops.is_tensor(member)):
+        raise TypeError(
+            f"Cannot tie a member into group '{name}': expected a `keras.Variable` (for instance `layer.kernel`), a "
+            f"built layer, or an array; received {received(member)}.{_of_keras_2(member)}"
+        )
+    return Member(_constant(name, member, dtype), view=view, constant=True)
+
+
+def _constant(name: str, array: Any, dtype: str | None) -> keras.Variable:
+    """A variable for an array that was given, in the dtype of the members that are variables."""
+    try:
+        values = ops.convert_to_numpy(array)
+        given = keras.backend.standardize_dtype(values.dtype)
+    except Exception as error:  # what Keras and the backends raise about an array of something else than numbers
+        values, given, problem = None, "bool", error
+    else:
+        problem = None
+    if not (keras.backend.is_float_dtype(given) or keras.backend.is_int_dtype(given)):
+        raise TypeError(
+            f"Cannot tie an array into group '{name}': expected real numbers; received {received(array)}."
+        ) from problem
+    return keras.Variable(values, dtype=dtype, trainable=False, name="constant")
+
+
+def weights_of(model: Any) -> list[keras.Variable]:
+    """The weights of a built model.
+
+    Raises:
+        NotLinkedError: It is not built.
+        TypeError: It is no model.
+    """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            f"`link` expects Keras models or layers. Received: {received(model)}. Variables are tied "
+            f"with `tie(name, [variable_1, variable_2], rule)`.{_of_keras_2(model)}"
+        )
+    unbuilt = [layer for layer in keras_private.flattened(model) if not layer.built and _carries_rule(layer)]
+    if not model.built or unbuilt:
+        names = ", ".join(f"'{layer.name}'" for layer in unbuilt) or f"'{model.name}'"
+        raise NotLinkedError(
+            f"Cannot link '{model.name}': it has no weights for {names} yet, since it is not built. Expected: a "
+            "built model. Give it an `Input`, call `model.build(input_shape)`, or call it once on data."
+        )
+    return list(model.weights)
+
+
+def _by_variables(layer: keras.Layer) -> str:
+    """How to name the variables of a layer, by something that it has."""
+    if not layer.weights:
+        return "Build the layer and name its variables."
+    weight = layer.weights[0]
+    place = weight.name if getattr(layer, weight.name, None) is weight else "weights[0]"
+    return f"Name the variables of the layer, for instance `{layer.name}.{place}`."
+
+
+def _of_keras_2(x: Any) -> str:
+    if type(x).__module__.split(".")[0] != "tf_keras":
+        return ""
+    return " It is of Keras 2 (`tf_keras`), which equalize does not know: make the model with Keras 3 (`import keras`)."
+
+
+def _carries_rule(layer: keras.Layer) -> bool:
+    return any(isinstance(value, Rule) for value in vars(layer).values())
+
+
+def _lines(members: Sequence[Member]) -> str:
+    return validation.listing(members).removeprefix("\nMembers:")
+
+
+def undeclare(groups: Sequence[Group]) -> None:
+    """Takes the rules of groups that layers declare out of the layers, so that their configs are plain Keras's.
+
+    A layer that only passes a rule on, as `MultiHeadAttention` does to the layers inside it, has it in its config, too.
+    """
+    declared = {group.name: {id(member.variable) for member in group.members} for group in groups if group.declared}
+    for layer in living.objects_of(keras.Layer) if declared else ():
+        for rule in [part for value in vars(layer).values() for part in attributes.objects(value)]:
+            if isinstance(rule, Rule):
+                left = _undeclared(rule, layer, declared)
+                if left is not rule:
+                    attributes.exchange(layer, rule, left)
+
+
+def _undeclared(rule: Any, layer: keras.Layer, declared: Mapping[str, set[int]]) -> Any:
+    """What is left of a rule that a layer holds when groups are dissolved, each given by its variables."""
+    if not isinstance(rule, Rule):
+        return rule
+    inner = _undeclared(rule.inner, layer, declared)
+    if any(id(weight) in declared.get(rule.group or "", ()) for weight in layer.weights):
+        return inner
+    return rule if inner is rule.inner else rule.having(inner=inner)

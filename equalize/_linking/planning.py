@@ -1,0 +1,216 @@
+"""Groups that may be made: everything is checked in the plan, and nothing changes before it is carried out."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from equalize import _backend as backend
+from equalize._backend import living, wrapping
+from equalize._linking import config, discovery, places, validation
+from equalize._linking.inner import common_inner, inner_for
+from equalize._ties import bound, effects
+from equalize._ties.group import Group, require_anchors_agree
+from equalize._ties.member import Member
+from equalize._ties.rules import Rule
+from equalize.errors import EqualizeError, GroupMismatchError
+
+
+@dataclass
+class Plan:
+    """A group to be made.
+
+    Attributes:
+        group: The group.
+        inner: What the rule carries inside, for each member.
+    """
+
+    group: Group
+    inner: list[Any]
+
+    def establish(self, initial: str) -> Group:
+        """Binds the members, and makes a hard group equal."""
+        _attach(self.group, self.inner)
+        if self.group.hard:
+            self.group.sync(initial)
+        elif not self.group.rule.same_shape:
+            self.group.project()
+        return self.group
+
+
+def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], initial: str) -> Plan:
+    """A group that layers declare, from their variables and rules."""
+    members = [Member(variable, view=rule.view, weight=rule.weight) for variable, rule, _ in entries]
+    rules = [rule for _, rule, _ in entries]
+    validation.require_company(name, members, names)
+    validation.require_fit(name, members, rules, declared=True)
+    inner = rules[0].inner if rules[0].slot == "constraint" else None
+    group = Group(name, members, rules[0], inner=inner, declared=True)
+    _require_start(group, initial)
+    return Plan(group, [rule.inner for rule in rules])
+
+
+def plan(groups: Mapping[str, Group], name: str, members: list[Member], rule: Rule, initial: str) -> Plan:
+    """A group of members that a user named, beside the groups that there are."""
+    if name in groups:
+        raise GroupMismatchError(
+            f"There is a group '{name}' already: {groups[name]!r}. Expected: a new name. Call `untie({name!r})` "
+            "first, or choose another name."
+        )
+    validation.require_company(name, members, groups)
+    rules = [rule] * len(members)
+    validation.require_fit(name, members, rules)
+    if rule.slot == "constraint":
+        validation.require_no_other_hard_group(name, members)
+    inner = inner_for(name, rule, members)
+    group = Group(name, members, rule, inner=common_inner(rule, members, inner))
+    _require_start(group, initial)
+    return Plan(group, inner)
+
+
+def plan_replacement(group: Group, rule: Rule) -> Callable[[], None]:
+    """A group's change to another rule; its members, their views and weights, and the values stay.
+
+    Returns:
+        A function that makes the change, which has been checked.
+    """
+    discovery.require_rule(group.name, rule)
+    if rule.view is not None or rule.weight != 1.0:
+        raise EqualizeError(
+            f"The new rule of group '{group.name}' has the view {rule.view!r} and the weight {rule.weight:g}, and the "
+            f"members have theirs already. Expected: a rule without, {rule.describe()}."
+        )
+    members = group.members
+    validation.require_company(group.name, members, ())
+    validation.require_fit(group.name, members, [rule] * len(members))
+    if rule.slot == "constraint":
+        validation.require_no_other_hard_group(group.name, members, besides=group)
+    inner = inner_for(group.name, rule, members, besides=group)
+    common = common_inner(rule, members, inner)
+    if rule.slot == "constraint":
+        _require_projectable(group.name, members, rule, common)
+    # What the old rule brought stays on the variables, so in the config.
+    given = group.rule.inner if rule.inner is None and rule.slot == group.rule.slot else rule.inner
+
+    def apply() -> None:
+        bound.detach(group)
+        group.adopt(rule.having(inner=given), members, common)
+        _attach(group, inner)
+
+    return apply
+
+
+def _attach(group: Group, inner: Sequence[Any]) -> None:
+    for member, kept in zip(group.members, inner, strict=True):
+        if not member.constant:
+            bound.attach(group, member, kept)
+    group.hold_anchors()
+
+
+def restore(
+    groups: Mapping[str, Group], pending: Sequence[dict[str, Any]], models: Sequence[Any], initial: str
+) -> list[Plan]:
+    """The groups of a registry's config, for models."""
+    if not pending:
+        return []
+    for model in models:
+        discovery.weights_of(model)
+    weights = [places.weights_by_place(model) for model in models]
+    return [
+        plan(groups, entry["name"], config.members_of(entry, weights), config.rule_of(entry), initial)
+        for entry in pending
+    ]
+
+
+def require_apart(plans: Sequence[Plan]) -> None:
+    """Raises where two groups that are made at once get in each other's way: each was checked against older ones only.
+
+    Raises:
+        GroupMismatchError: Two have one name, or project one variable.
+    """
+    seen: set[str] = set()
+    projected: dict[int, str] = {}
+    pulled: set[int] = set()
+    for plan in plans:
+        name = plan.group.name
+        if name in seen:
+            raise GroupMismatchError(
+                f"Two groups that are made together have the name '{name}'. Expected: a name for each. Rename one, in "
+                "the layers or in the config of the registry."
+            )
+        seen.add(name)
+        if not plan.group.projects:
+            shared = [member for member in plan.group.members if id(member.variable) in pulled]
+            if shared and plan.group.rule.inner is not None and not plan.group.declared:
+                raise GroupMismatchError(
+                    f"Cannot tie '{shared[0].path}' into group '{name}': another group that is made with it has the "
+                    f"variable, and the rule brings {effects.name_of(plan.group.rule.inner)} as `inner`. Expected: one "
+                    f"of the two. Leave `inner` out.{validation.listing(plan.group.members)}"
+                )
+            pulled |= {id(member.variable) for member in plan.group.members}
+        for member in plan.group.members if plan.group.projects else ():
+            other = projected.setdefault(id(member.variable), name)
+            if other != name:
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well. Expected: one "
+                    "group that projects a variable. Name all members in one group, or give layers that do not "
+                    f"hold each other's weights.{validation.listing(plan.group.members)}"
+                )
+
+
+def warn_of_overwriting(plans: Sequence[Plan], initial: str, *, stacklevel: int) -> None:
+    """Warns where members that have been trained are about to take the value of the first."""
+    groups = [plan.group for plan in plans if plan.group.hard and initial == "first"]
+    apart = [group for group in groups if not any(m.anchor for m in group.members) and group.spread() != 0.0]
+    later = [member.variable for group in apart for member in group.members[1:]]
+    trained = {
+        id(v) for model in living.models_holding(later) if _has_trained(model) for v in model.trainable_variables
+    }
+    lost = [group for group in apart if any(id(member.variable) in trained for member in group.members[1:])]
+    if lost:
+        warnings.warn(
+            f"Group '{lost[0].name}'{f' and {len(lost) - 1} more' if lost[1:] else ''}: all members take the value of "
+            "the first, and others, which differ from it, have been trained. Expected: others that are new; or "
+            '`initial="mean"`, which keeps something of each. Members that were trained from different initial values '
+            "are better tied softly at first, for instance by `equalize.regularizers.MeanL2`.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def _has_trained(model: Any) -> bool:
+    """Whether an optimizer of the model has taken a step."""
+    optimizers = wrapping.everything(getattr(model, "optimizer", None))
+    with backend.eagerly():
+        return any(int(ops.convert_to_numpy(optimizer.iterations)) > 0 for optimizer in optimizers)
+
+
+def _require_start(group: Group, initial: str) -> None:
+    """What must hold of the values before a group is made."""
+    if group.projects:
+        _require_projectable(group.name, group.members, group.rule, group.inner)
+    if group.hard and initial == "strict":
+        validation.require_equal(group)
+
+
+def _require_projectable(name: str, members: Sequence[Member], rule: Rule, inner: Any) -> None:
+    """Raises `GroupMismatchError` unless members can be projected: anchors agree, and the constraint inside applies."""
+    if rule.one_value:
+        require_anchors_agree(name, members)
+    if inner is None:
+        return
+    common = members[0].pull(backend.read(members[0].variable))
+    problem = None
+    try:
+        shape = tuple(inner(common).shape)
+    except Exception as error:  # whatever a user's own constraint raises
+        shape, problem = None, error
+    if shape != tuple(common.shape):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': its rule has the `inner` {effects.name_of(inner)}, which cannot be "
+            f"applied to the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}"
+            f". Received: {f'a tensor of shape {shape}' if problem is None else repr(problem)}. Take another, or none."
+            f"{validation.listing(members)}"
+        ) from problem

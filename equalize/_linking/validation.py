@@ -1,0 +1,167 @@
+"""Whether the members of a group fit together, checked before anything is changed."""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+import keras
+
+from equalize import _backend as backend
+from equalize._inputs.arguments import counted
+from equalize._ties import effects
+from equalize._ties.bound import group_of, rule_of, ties_on
+from equalize._ties.group import Group, pulled_arrays, spread_of
+from equalize._ties.member import Member
+from equalize._ties.rules import Rule
+from equalize.errors import GroupMismatchError, TieBrokenError
+
+
+def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rule], *, declared: bool = False) -> None:
+    """Raises `GroupMismatchError` unless the members can be one group: enough, distinct, of one shape, dtype, rule."""
+    _require_distinct(name, members)
+    for member in members:
+        _require_view_fits(name, member)
+    first = members[0]
+    for member, rule in zip(members[1:], member_rules[1:], strict=True):
+        for what, expected, received in (
+            ("shape", first.common_shape, member.common_shape),
+            ("dtype", backend.dtype(first.variable), backend.dtype(member.variable)),
+        ):
+            if expected != received and (what == "dtype" or rule.same_shape):
+                fix = f"Tie variables of one {what}."
+                if declared and sum(each is rule for each in member_rules) > 1:
+                    fix = (
+                        "One rule was given to several weights, as a `MultiHeadAttention` hands its constraint to all "
+                        f"its projections. Leave {rule.describe()} out of the layer, and tie the weights that you "
+                        f"mean: `registry.tie({name!r}, [...], {rule.describe()})`."
+                    )
+                elif what == "shape" and expected == received[::-1]:
+                    fix = "Give it a view, for instance equalize.views.Transpose()."
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': expected {what} {expected}, set by "
+                    f"'{first.path}'; received {received}. {fix}{listing(members)}"
+                )
+        if not _of_one_kind(member_rules[0], rule, first):
+            raise GroupMismatchError(
+                f"The rules of group '{name}' disagree: expected {_written(member_rules[0])}, set by '{first.path}'; "
+                f"received {_written(rule)} from '{member.path}'. Give all members the same rule, or another "
+                f"group name.{listing(members)}"
+            )
+    _require_weights(name, members)
+    count = member_rules[0].count
+    if count is not None and count != len(members):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': expected {counted(count, 'member')}, as {member_rules[0].describe()} has; "
+            f"received {len(members)}. Give `factor` a row and a column for each member, in this order."
+            f"{listing(members)}"
+        )
+    dtype = backend.dtype(first.variable)
+    if not keras.backend.is_float_dtype(dtype):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': expected variables of a floating dtype; received {dtype}. A mean of such "
+            f"values is no such value. Tie trainable weights.{listing(members)}"
+        )
+    if all(member.constant for member in members):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': expected at least one variable; received only constants.{listing(members)}"
+        )
+
+
+def require_company(name: str, members: Sequence[Member], others: Iterable[str]) -> None:
+    """Raises `GroupMismatchError` for a group of one, which is how a misspelt name shows."""
+    if len(members) > 1:
+        return
+    near = difflib.get_close_matches(name, [other for other in others if other != name], n=1, cutoff=0.0)
+    hint = (
+        f"The nearest other group is '{near[0]}': is one of the two misspelt?" if near else "There is no other group."
+    )
+    raise GroupMismatchError(
+        f"Group '{name}' has one member: {members[0]}. Expected: at least two. {hint} "
+        "Give another variable the same group name, or take the rule away."
+    )
+
+
+def require_no_other_hard_group(name: str, members: Sequence[Member], besides: Group | None = None) -> None:
+    """Raises `GroupMismatchError` where a member is projected by another group already, leaving out `besides`."""
+    for member in members:
+        for tie in ties_on(member.variable):
+            rule = rule_of(tie)
+            if rule.slot == "constraint" and (besides is None or group_of(tie) is not besides):
+                raise GroupMismatchError(
+                    f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{rule.group}' already "
+                    f"({rule.describe()}), and a variable can be projected by one group only. Name all members in one "
+                    f"group, or call `untie({rule.group!r})` first.{listing(members)}"
+                )
+
+
+def require_equal(group: Group) -> None:
+    """Raises `TieBrokenError` unless the members are equal, saying which differ and by how much."""
+    if group.spread() == 0.0:
+        return
+    members = group.members
+    distances = "".join(
+        f"\n    {member}: differs from the first by up to {spread_of([members[0], member]):g}" for member in members[1:]
+    )
+    raise TieBrokenError(
+        f"The members of group '{group.name}' are not equal: expected a spread of 0, received {group.spread():g}.\n"
+        f"    {members[0]}: the first{distances}\n"
+        'Link with initial="first" or initial="mean" to make them equal, call `registry.sync()`, or load weights that '
+        "are."
+    )
+
+
+def require_equal_if_known(group: Group) -> None:
+    """Raises as `require_equal`, where the values can be had; while a step is traced they may not."""
+    if all(backend.concrete(member.variable) is not None for member in group.members):
+        with backend.eagerly():
+            require_equal(group)
+
+
+def listing(members: Iterable[Member]) -> str:
+    """Every member on a line of its own, for the end of a message."""
+    return "\nMembers:" + "".join(f"\n    {member}" for member in members)
+
+
+def _require_distinct(name: str, members: Sequence[Member]) -> None:
+    seen: set[int] = set()
+    for member in members:
+        if id(member.variable) in seen:
+            raise GroupMismatchError(
+                f"Cannot tie group '{name}': {member} was given more than once. Expected: separate variables; one "
+                f"variable in two layers is equal to itself without a tie.{listing(members)}"
+            )
+        seen.add(id(member.variable))
+
+
+def _require_weights(name: str, members: Sequence[Member]) -> None:
+    """Raises unless the weights, each times the square of what its view stretches by, make a mean in float64."""
+    weights = [member.weight * member.gain**2 for member in members]
+    if not math.isfinite(sum(weights)) or min(weights) == 0.0:
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': expected weights of the members whose mean can be computed; received "
+            f"{[member.weight for member in members]}. Give weights nearer to 1.{listing(members)}"
+        )
+
+
+def _require_view_fits(name: str, member: Member) -> None:
+    try:
+        _ = member.common_shape
+    except GroupMismatchError as error:
+        raise GroupMismatchError(f"Cannot tie '{member.path}' into group '{name}': {error}") from error
+
+
+def _of_one_kind(one: Rule, other: Rule, member: Member) -> bool:
+    """Whether two rules ask the same of a group; what a constraint inside them does counts, not its config."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or one.common_config() != other.common_config():
+        return False
+    if one.slot != "constraint":
+        return True
+    return effects.same(effects.Effect(one.inner), effects.Effect(other.inner), list(pulled_arrays([member])))
+
+
+def _written(rule: Rule) -> str:
+    settings = [f"{key}={value!r}" for key, value in rule.common_config().items()]
+    inner = [f"inner={effects.described(rule.inner)}"] if rule.slot == "constraint" else []
+    return f"{type(rule).__name__}({', '.join(settings + inner)})"

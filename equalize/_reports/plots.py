@@ -1,0 +1,213 @@
+"""Pictures of ties, drawn with matplotlib, which the extra `plot` installs."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from equalize._inputs import arguments
+from equalize._reports.progress import bar
+from equalize._ties.group import Group, pulled_arrays
+from equalize._ties.member import Member
+from equalize.errors import EqualizeError
+
+# Colors of Okabe and Ito, which people with any kind of color vision tell apart; markers differ as well.
+_HARD, _LOOSE, _ANCHOR = ("#0072B2", "o"), ("#D55E00", "o"), ("#000000", "s")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_NUMBERED = 6
+"""Up to so many members a heat map has its numbers written into it."""
+_NAMED = 16
+"""Up to so many members a heat map names each."""
+
+
+def plot_groups(groups: Sequence[Group], path: str | os.PathLike[str]) -> None:
+    """Draws which layers each group ties, and how far apart its members are.
+
+    Args:
+        groups: The groups.
+        path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        TypeError: `path` is no path.
+        EqualizeError: There is no group, or the path is not that of a picture.
+        ImportError: matplotlib is not installed.
+    """
+    path = arguments.picture("path", path)
+    if not groups:
+        raise EqualizeError(
+            "`plot` has nothing to draw: expected a registry with groups, received one without. Call "
+            "`registry.link(model)` or `registry.tie(...)` first."
+        )
+    figure_of = _figure()
+    layers = list(dict.fromkeys(_layer(member) for group in groups for member in group.members))
+    longest = max(len(_short(layer)) for layer in layers)
+    width = max(10.0, 3.2 + 0.36 * len(layers))
+    columns = min(len(groups), int(width / (2.2 + 0.05 * longest)))
+    rows = math.ceil(len(groups) / columns)
+    heights = (1.2 + 0.32 * len(groups) + 0.08 * longest, (2.6 + 0.06 * longest) * rows)
+    figure = figure_of(figsize=(width, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    _draw_grid(upper.subplots(), groups, layers)
+    _draw_maps(lower, groups, lower.subplots(rows, columns, squeeze=False))
+    figure.savefig(path, dpi=120)
+
+
+def plot_spread(history: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> None:
+    """Draws the spread of every group over the epochs, one line for each, with its name at the end.
+
+    Args:
+        history: The spreads of each group, epoch by epoch.
+        path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        TypeError: `path` is no path.
+        EqualizeError: No epoch has ended, or the path is not that of a picture.
+        ImportError: matplotlib is not installed.
+    """
+    path = arguments.picture("path", path)
+    if not any(history.values()):
+        raise EqualizeError(
+            "TieMonitor has nothing to draw: expected at least one epoch of training, received none. Call "
+            "`model.fit(..., callbacks=[monitor])` first."
+        )
+    figure = _figure()(figsize=(8.0, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[float, ...], list[str]] = {}  # groups with one history, as hard ones have, are one line
+    for name, spreads in history.items():
+        lines.setdefault(tuple(spreads), []).append(name)
+    ends = []
+    for index, (spreads, names) in enumerate(lines.items()):
+        values = np.where(np.isfinite(spreads), spreads, np.nan)
+        epochs = np.arange(1, len(values) + 1)
+        color = _COLORS[index % len(_COLORS)]
+        axes.plot(epochs, values, color=color, marker="o", markersize=3, clip_on=False)
+        ends.append((float(values[-1]), epochs[-1], color, _listed(names)))
+    positive = [value for spreads in lines for value in spreads if 0.0 < value < math.inf]
+    if positive:
+        axes.set_yscale("symlog", linthresh=min(positive))
+    axes.set_ylim(bottom=0.0, top=None if positive else 1.0)
+    axes.margins(x=0.0)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("spread: largest entry of max − min (0: equal)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label_ends(axes, ends)
+    figure.savefig(path, dpi=120)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Drawing needs matplotlib, which is not installed. Expected: the extra `plot` of equalize. Install it: "
+            'pip install "equalize[plot]"'
+        ) from error
+    return Figure
+
+
+def _draw_grid(axes: Any, groups: Sequence[Group], layers: Sequence[str]) -> None:
+    """One row a group, one column a layer, and a mark where the group has a member."""
+    for row, group in enumerate(groups):
+        columns = [layers.index(_layer(member)) for member in group.members]
+        color, marker = _HARD if group.hard else _LOOSE
+        axes.plot(columns, [row] * len(columns), color=color, linestyle="-" if group.hard else ":", zorder=1)
+        for member, column in zip(group.members, columns, strict=True):
+            edge, shape = _ANCHOR if member.anchor else (color, marker)
+            axes.scatter(
+                column, row, 60, color=edge if group.hard else "white", edgecolors=edge, marker=shape, zorder=2
+            )
+    names = [f"{_short(group.name)}   {_short(group.describe())}" for group in groups]
+    axes.set_yticks(range(len(groups)), names)
+    axes.set_xticks(range(len(layers)), [_short(layer) for layer in layers], rotation=90)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title(
+        "Groups over layers. Filled: bitwise equal. Open: pulled together. Square: does not move.", fontsize=9
+    )
+
+
+def _draw_maps(figure: Any, groups: Sequence[Group], cells: Any) -> None:
+    """For each group, the distance of every member from every other."""
+    with bar("Comparing the members", sum(len(group.members) for group in groups)) as step:
+        distances = [_distances(group, step) for group in groups]
+    finite = [values[np.isfinite(values)].max(initial=0.0) for values in distances]
+    top = max(finite) or 1.0
+    image = None
+    for index, axes in enumerate(cells.flat):
+        if index >= len(groups):
+            axes.set_axis_off()
+            continue
+        group, values = groups[index], distances[index]
+        image = axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=0.0, vmax=top)
+        names = [_short(_layer(member)) for member in group.members]
+        places = range(len(names)) if len(names) <= _NAMED else range(0, len(names), math.ceil(len(names) / _NAMED))
+        axes.set_xticks(places, [names[place] for place in places], rotation=90, fontsize=6)
+        axes.set_yticks(places, [names[place] for place in places], fontsize=6)
+        axes.set_title(f"{_short(group.name)}: spread {group.spread():.3g}", fontsize=9)
+        if len(names) <= _NUMBERED:
+            for i, j in np.ndindex(values.shape):
+                color = "black" if values[i, j] > 0.55 * top else "white"
+                axes.text(j, i, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, ax=cells, shrink=0.8, label="distance: largest entry of |difference|")
+
+
+def _distances(group: Group, step: Callable[[], None]) -> np.ndarray:
+    """The largest entry of |w_i − w_j| for each pair of members, as their views pull them back."""
+    n, equal = len(group.members), group.spread() == 0.0
+    values = [] if equal else list(pulled_arrays(group.members))
+    values = [value.astype(np.promote_types(value.dtype, "float32")) for value in values]
+    distances = np.zeros((n, n))
+    for i in range(n):
+        step()
+        for j in range(0 if equal else i):
+            with np.errstate(invalid="ignore", over="ignore"):
+                largest = np.max(np.abs(values[i] - values[j]), initial=0.0)
+            distances[i, j] = distances[j, i] = largest if np.isfinite(largest) else np.nan
+    return distances
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[float, Any, str, str]]) -> None:
+    """Writes names beside the ends of lines, moved apart where they would cover each other."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform((epoch, value))[1]) if value == value else 1.0 for value, epoch, *_ in ends]
+    gap = min(0.06, 1.0 / len(ends))
+    highest, places = 1.0 + gap, {}
+    for index in sorted(range(len(ends)), key=heights.__getitem__, reverse=True):
+        highest = places[index] = min(heights[index], highest - gap)
+    lowest = -gap
+    for index in reversed(places):
+        lowest = places[index] = max(places[index], lowest + gap)
+    for index, place in places.items():
+        _, _, color, name = ends[index]
+        axes.annotate(
+            name,
+            xy=(1.0, heights[index]),
+            xytext=(1.03, place),
+            xycoords="axes fraction",
+            color=color,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "relpos": (0.0, 0.5), "color": color, "linewidth": 0.6},
+        )
+
+
+def _layer(member: Member) -> str:
+    """The path of the layer that owns a member."""
+    return member.path.rpartition("/")[0] or member.path
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(_short(name) for name in names[:3]) + more
+
+
+def _short(name: str, length: int = 40) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"

@@ -1,0 +1,161 @@
+"""What a registry shows of itself: tables for terminals, logs and notebooks."""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from equalize._inputs.arguments import counted
+from equalize._reports.advice import FRACTIONS, Advice
+from equalize._ties.group import Group
+
+# Logs are read in editors and mail, and by programs that know ASCII only.
+_LOG_WIDTH = 80
+
+_TITLES = ("Group", "Rule", "Members", "Stored", "Free", "Spread")
+_TEXTS = 3  # the first of them are text, and the others numbers
+_NARROW = {"Group": 14, "Rule": 19}  # where there is little room it goes to the paths of members
+
+
+def print_summary(groups: Sequence[Group], findings: int = 0, print_fn: Callable[[str], object] | None = None) -> None:
+    """Prints one row a group, and the totals.
+
+    Args:
+        groups: The groups of a registry.
+        findings: How many findings `GroupRegistry.diagnose` has.
+        print_fn: Called with the text, free of escape codes and at most 80 columns wide; None prints to the terminal,
+            as `model.summary()` does.
+    """
+    plain = print_fn is not None
+
+    def render(console: rich.console.Console) -> None:
+        console.print(*summary_parts(groups, findings, console.width, plain=plain), sep="\n")
+
+    _print(render, print_fn)
+
+
+def print_advice(advice: Sequence[Advice], print_fn: Callable[[str], object] | None = None) -> None:
+    """Prints one row a group: the loss by how far its members moved, the best of these, and the cosine of gradients."""
+    title = "Loss if the members moved this far to their mean"
+    table = rich.table.Table(title=title, box=_box(plain=print_fn is not None), show_edge=False, pad_edge=False)
+    table.add_column("Group", overflow="fold")
+    for heading in (*map(_percent, FRACTIONS), "Best", "Cosine"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in advice:
+        losses = [_short(each.losses[fraction]) for fraction in FRACTIONS]
+        cosine = "nan" if math.isnan(each.cosine) else f"{each.cosine:+.2f}"
+        table.add_row(rich.markup.escape(each.group), *losses, _percent(each.best), cosine)
+    _print(lambda console: console.print(table, _READING, sep="\n"), print_fn)
+
+
+_READING = (
+    "Best: 100% is for a hard tie, a part of the way for a soft one, 0% for none. Only data that the model was not "
+    "trained on can say so. Cosine: whether the gradients of two members agree. It does not say whether tying helps: "
+    "where tied members fit best, their gradients cancel."
+)
+
+
+def _percent(fraction: float) -> str:
+    return f"{fraction:.0%}"
+
+
+def _short(number: float) -> str:
+    """A number in at most nine characters, of which five columns fit a log."""
+    return next(text for digits in (4, 3, 2, 1) if len(text := f"{number:.{digits}g}") <= 9)
+
+
+def summary_parts(
+    groups: Sequence[Group], findings: int, width: int, *, plain: bool = False
+) -> list[rich.console.RenderableType]:
+    """The table of the groups and the lines below it, for a console of rich that has this width."""
+    table = rich.table.Table(show_lines=True, box=_box(plain=plain), show_edge=False, pad_edge=False)
+    for place, title in enumerate(_TITLES):
+        most = _NARROW.get(title) if width <= _LOG_WIDTH + 20 else None
+        table.add_column(title, justify="left" if place < _TEXTS else "right", overflow="fold", max_width=most)
+    for group in groups:
+        table.add_row(*map(rich.markup.escape, _cells(group)))
+    return [table, *(rich.markup.escape(line) for line in _closing(groups, findings))]
+
+
+def summary_html(groups: Sequence[Group], findings: int) -> str:
+    """The same table for a notebook."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        sides = ["left"] * _TEXTS + ["right"] * (len(_TITLES) - _TEXTS)
+        written = [html.escape(cell).replace("\n", "<br>") for cell in cells]
+        return "".join(
+            f'<{tag} style="text-align: {side}; vertical-align: top">{cell}</{tag}>'
+            for side, cell in zip(sides, written, strict=True)
+        )
+
+    body = "".join(f"<tr>{row('td', _cells(group))}</tr>" for group in groups)
+    closing = "<br>".join(html.escape(line) for line in _closing(groups, findings))
+    return f"<table><thead><tr>{row('th', _TITLES)}</tr></thead><tbody>{body}</tbody></table><p>{closing}</p>"
+
+
+def weights_stored(groups: Sequence[Group]) -> int:
+    """Numbers held by the members, each variable counted once; constants belong to no model."""
+    variables = {id(m.variable): m.variable for group in groups for m in group.members if not m.constant}
+    return sum(math.prod(variable.shape) for variable in variables.values())
+
+
+def weights_free(groups: Sequence[Group]) -> int:
+    """Numbers that training can choose: the effective parameter count.
+
+    A hard group has those of its common value, or none where an anchor holds it, and what views leave free. What
+    does not train has none.
+    """
+    tied = {id(m.variable) for group in groups if group.hard for m in group.members}
+    loose = {
+        id(m.variable): m.variable
+        for group in groups
+        for m in group.members
+        if not m.anchor and id(m.variable) not in tied
+    }
+    common = sum(
+        math.prod(group.members[0].common_shape)
+        for group in groups
+        if group.hard and not any(member.anchor for member in group.members)
+    )
+    common += sum(
+        math.prod(m.variable.shape) - math.prod(m.common_shape)
+        for group in groups
+        for m in group.members
+        if group.hard and not m.anchor
+    )
+    return common + sum(math.prod(variable.shape) for variable in loose.values())
+
+
+def _print(render: Callable[[rich.console.Console], None], print_fn: Callable[[str], object] | None) -> None:
+    if print_fn is None:
+        render(rich.console.Console(highlight=False))
+        return
+    console = rich.console.Console(highlight=False, force_terminal=False, color_system=None, width=_LOG_WIDTH)
+    with console.capture() as capture:
+        render(console)
+    print_fn(capture.get())
+
+
+def _box(*, plain: bool) -> rich.box.Box:
+    return rich.box.ASCII if plain else rich.box.HEAVY_HEAD
+
+
+def _cells(group: Group) -> tuple[str, ...]:
+    members = "\n".join(
+        f"{m.path} {tuple(m.variable.shape)}{f' as {m.view!r}' if m.view else ''}{' (anchor)' if m.anchor else ''}"
+        for m in group.members
+    )
+    stored, free = weights_stored([group]), weights_free([group])
+    return group.name, group.describe(), members, f"{stored:,}", f"{free:,}", f"{group.spread():.3g}"
+
+
+def _closing(groups: Sequence[Group], findings: int) -> list[str]:
+    stored, free = weights_stored(groups), weights_free(groups)
+    share = f" ({free / stored:.1%})" if stored else ""
+    total = counted(len(groups), "group")
+    found = [f"Findings: {findings}; `registry.diagnose()` says what and how to fix it"] if findings else []
+    return [*found, f"Total: {total}, {counted(stored, 'weight')} stored, {counted(free, 'weight')} free{share}"]

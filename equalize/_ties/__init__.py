@@ -1,0 +1,1 @@
+"""Who is tied, how, and what one optimizer step does about it."""

@@ -1,0 +1,208 @@
+"""What stands on a variable that is tied: the group, the member, and what was there before."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from equalize import _backend as backend
+from equalize._backend import Tensor
+from equalize._ties.member import Member
+from equalize._ties.rules import Rule, Tying
+
+
+class Bound(Tying):
+    """A rule on one variable. Its copies, pickles and configs are the rule, unbound: a clone never joins a group.
+
+    Attributes:
+        group: The `equalize.Group`, whose rule may be replaced.
+        member: The member that the variable is.
+        inner: The constraint or regularizer that was on the variable, which remains in force.
+        anchors: The variables that hold the member, which live as long as it does.
+    """
+
+    def __init__(self, group: Any, member: Member, inner: Any):
+        self.group = group
+        self.member = member
+        self.inner = inner
+        self.anchors: tuple[keras.Variable, ...] = ()
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the group."""
+        return self.group.rule
+
+    def unbound(self) -> Any:
+        """What a copy of the variable carries."""
+        inner = self.inner.unbound() if isinstance(self.inner, Bound) else self.inner
+        member = self.member
+        return self.rule.having(group=self.group.name, view=member.view, weight=member.weight, inner=inner)
+
+    def get_config(self) -> dict[str, Any]:
+        return self.unbound().get_config()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unchanged, (self.unbound(),)
+
+    def __repr__(self) -> str:
+        return f"<{self.rule.describe()} of group {self.group.name!r} on '{self.member.path}'>"
+
+
+class BoundConstraint(Bound, keras.constraints.Constraint):
+    """The constraint of a member: the projection of its group."""
+
+    def __call__(self, w: Tensor) -> Tensor:
+        return self.group.project(self.member)
+
+
+class BoundRegularizer(Bound, keras.regularizers.Regularizer):
+    """The regularizer of a member: its share of the group's penalty, and what was there before."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        share = self.group.share(self.member, backend.tensor(x))
+        return share if self.inner is None else share + ops.cast(self.inner(x), share.dtype)
+
+
+class OwnRegularizer(Bound, keras.regularizers.Regularizer):
+    """A member's own regularizer, while its group is projected.
+
+    A hard group is one weight, so the members' own regularizers count as their mean: equal ones count once.
+
+    It also lets a step on JAX know the values of anchors. The optimizer carries trainable variables only, and Keras
+    takes the values of all others away while `fit` runs (3.15), so a projection cannot read an anchor. The loss of the
+    same step can: it runs over all variables of the model and asks every trainable one for its regularizer. What the
+    variable itself holds is no substitute, since a loop written by hand may have given the step another value.
+    """
+
+    def unbound(self) -> Any:
+        return self.inner
+
+    def get_config(self) -> dict[str, Any]:
+        return {} if self.inner is None else self.inner.get_config()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if backend.is_traced(x):  # a loss that nobody differentiates or compiles is no training step's
+            for member in self.group.members:
+                if member.anchor:
+                    member.record()
+        if self.inner is None:
+            return ops.zeros((), "float32")
+        return self._mean(x) if self.group.hard else self.inner(x)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """The member's part of the mean over those that may move."""
+        member, n = self.member, sum(not other.anchor for other in self.group.members)
+        if member.view is None or member.whole or n < 2:
+            return self.inner(x) / max(n, 1)
+        # What the view leaves free is no part of the group: it keeps its gradient, and the rest has a part of it.
+        x = backend.tensor(x)
+        constant = ops.stop_gradient(x)
+        covered = member.view.forward(ops.ones(member.common_shape), ops.zeros(x.shape)) != 0.0
+        return self.inner(ops.where(covered, constant + (x - constant) / n, x))
+
+
+def ties_on(variable: keras.Variable) -> Iterator[Tying]:
+    """The ties on a variable, from the outside in: those of groups, and rules that are not linked."""
+    for chain in (variable.constraint, variable.regularizer):
+        yield from (each for each in chain_of(chain) if not isinstance(each, OwnRegularizer))
+
+
+def chain_of(outermost: Any) -> Iterator[Tying]:
+    """A constraint or regularizer and what it carries inside, as far as that is ours."""
+    while isinstance(outermost, Tying):
+        yield outermost
+        outermost = outermost.inner
+
+
+def rule_of(tie: Tying) -> Rule:
+    """The rule of a tie, with the name of its group, its view and its weight."""
+    return tie.unbound() if isinstance(tie, Bound) else tie  # type: ignore[return-value]
+
+
+def group_of(tie: Tying) -> Any:
+    """The group of a tie; None for a rule that is not linked."""
+    return tie.group if isinstance(tie, Bound) else None
+
+
+def own(outermost: Any) -> Any:
+    """What a user gave to a variable besides ties, inside of them."""
+    while isinstance(outermost, Tying):
+        outermost = outermost.inner
+    return outermost
+
+
+def attach(group: Any, member: Member, inner: Any) -> None:
+    """Puts a group's rule on a member's variable, in place of the rule that a layer declared, or around what is there.
+
+    Args:
+        group: The group.
+        member: The member.
+        inner: What the rule is to carry inside, where the variable has nothing of its own.
+    """
+    variable, chain = member.variable, member.variable.regularizer
+    if group.projects:
+        variable.constraint = BoundConstraint(group, member, inner)
+        if chain is not None or keras.backend.backend() == "jax":
+            variable.regularizer = _with_own(chain, OwnRegularizer(group, member, own(chain)))
+        return
+
+    def bound(tie: Tying) -> Tying:
+        declared = isinstance(tie, Rule) and tie.group == group.name
+        return BoundRegularizer(group, member, tie.inner) if declared else tie
+
+    if any(isinstance(tie, Rule) and tie.group == group.name for tie in chain_of(chain)):
+        variable.regularizer = _changed(chain, bound)
+        return
+    if own(chain) is None and inner is not None:
+        projected = isinstance(variable.constraint, BoundConstraint)
+        chain = _with_own(chain, OwnRegularizer(variable.constraint.group, member, inner) if projected else inner)
+    variable.regularizer = BoundRegularizer(group, member, chain)
+
+
+def detach(group: Any) -> None:
+    """Takes a group's rule off its variables and leaves what was inside."""
+
+    def inside(tie: Tying) -> Any:
+        return tie.inner if group_of(tie) is group else tie
+
+    for member in group.members:
+        member.variable.constraint = _changed(member.variable.constraint, inside)
+        member.variable.regularizer = _changed(member.variable.regularizer, inside)
+
+
+def without(outermost: Any, group: Any) -> Any:
+    """What a constraint or regularizer would be without the ties of a group; nothing is changed."""
+    if not isinstance(outermost, Bound):
+        return outermost
+    inner = without(outermost.inner, group)
+    if outermost.group is group or isinstance(outermost, OwnRegularizer):
+        return inner
+    return outermost if inner is outermost.inner else type(outermost)(outermost.group, outermost.member, inner)
+
+
+def _changed(outermost: Any, change: Callable[[Any], Any]) -> Any:
+    """A constraint or regularizer, with each tie in it, from the inside out, changed into what a function returns."""
+    if not isinstance(outermost, Tying):
+        return outermost
+    inner = _changed(outermost.inner, change)
+    if isinstance(outermost, Bound):
+        outermost.inner = inner
+    elif inner is not outermost.inner:
+        outermost = outermost.having(inner=inner)
+    return change(outermost)
+
+
+def _with_own(outermost: Any, innermost: Any) -> Any:
+    """A regularizer with something else in the place of what its user gave."""
+    if not isinstance(outermost, Tying) or isinstance(outermost, OwnRegularizer):
+        return innermost
+    inner = _with_own(outermost.inner, innermost)
+    if isinstance(outermost, Rule):
+        return outermost.having(inner=inner)
+    outermost.inner = inner
+    return outermost
+
+
+def _unchanged(made: Any) -> Any:
+    return made

@@ -1,0 +1,169 @@
+"""Members: one variable of a group, and how it shows the group's common value."""
+
+import math
+import weakref
+from typing import Any
+
+import keras
+from keras import ops
+
+from equalize import _backend as backend
+from equalize._backend import Tensor
+from equalize._inputs import arguments
+from equalize._inputs.arguments import received
+from equalize.errors import EqualizeError
+from equalize.views import View
+
+
+class Member:
+    """One variable of a group.
+
+    The variable is held weakly, since a tie keeps no model alive. A constant belongs to the group and is held.
+
+    Attributes:
+        path: Where the variable lives, as `variable.path` gives it.
+        view: How the member shows the group's common value; None for "as it is".
+        weight: The member's weight in the mean.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        EqualizeError: The weight is not positive, or not finite.
+
+    Example:
+    >>> import keras, equalize
+    >>> encoder, decoder = keras.layers.Dense(2), keras.layers.Dense(4)
+    >>> model = keras.Sequential([keras.Input((4,)), encoder, decoder])
+    >>> members = [encoder.kernel, (decoder.kernel, equalize.views.Transpose())]
+    >>> group = equalize.GroupRegistry().tie("pair", members, equalize.constraints.Equal())
+    >>> [(member.path.endswith("kernel"), member.view, member.anchor) for member in group.members]
+    [(True, None, False), (True, Transpose(axes=None), False)]
+    """
+
+    def __init__(
+        self, variable: keras.Variable, *, view: View | None = None, weight: float = 1.0, constant: bool = False
+    ):
+        if not backend.is_variable(variable):
+            raise TypeError(f"`variable` must be a `keras.Variable`. Received: {received(variable)}.")
+        if view is not None and not isinstance(view, View):
+            raise TypeError(f"`view` must be a view of `equalize.views`, or None. Received: {received(view)}.")
+        self._variable = weakref.ref(variable)
+        self._constant = variable if constant else None
+        self._seen: _Seen | None = None
+        self.path: str = "constant" if constant else variable.path
+        self.view = view
+        self.weight = arguments.number("weight", weight, low=0.0, low_open=True)
+
+    @property
+    def variable(self) -> keras.Variable:
+        """The `keras.Variable`; for a constant, one that is not trainable and that nobody else has."""
+        variable = self._variable()
+        if variable is None:
+            raise EqualizeError(
+                f"The variable '{self.path}' no longer exists: its model has been deleted. Expected: a member of a "
+                "model that is kept. Read members anew from the registry, `registry[name].members`: it lists those "
+                "that exist."
+            )
+        return variable
+
+    @property
+    def alive(self) -> bool:
+        """Whether the variable still exists."""
+        return self._variable() is not None
+
+    @property
+    def constant(self) -> bool:
+        """Whether the member is an array that was given, not a variable of a model."""
+        return self._constant is not None
+
+    @property
+    def anchor(self) -> bool:
+        """Whether the member never moves: it is a constant, or not trainable."""
+        return not self.variable.trainable
+
+    def read(self) -> Tensor:
+        """The value that a step sees; of a variable that is in no model of the step, what it holds at that time."""
+        if self.constant or backend.is_visible(self.variable):
+            return backend.read(self.variable)
+        return backend.read_live(self.variable)
+
+    def record(self) -> None:
+        """Remembers the value that the loss of a step sees, for the scope of its optimizer, which does not carry it."""
+        self._seen = _Seen(self.variable)
+
+    def recall(self) -> Tensor | None:
+        """The value that `record` saw, where that was in the step that the current scope belongs to."""
+        return None if self._seen is None else self._seen.serve(self.variable)
+
+    @property
+    def common_shape(self) -> tuple[int, ...]:
+        """The shape of the common value, as this member has it."""
+        shape = tuple(self.variable.shape)
+        return shape if self.view is None else self.view.common_shape(shape)
+
+    @property
+    def gain(self) -> float:
+        """The factor by which the view stretches the common value."""
+        return 1.0 if self.view is None else self.view.gain
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the view loses no bit. A multiple may round, also by a power of two: the smallest numbers."""
+        return self.gain == 1.0
+
+    def pull(self, w: Tensor) -> Tensor:
+        """The common value as the member's value `w` alone shows it."""
+        return w if self.view is None else self.view.pull(w)
+
+    def show(self, common: Tensor) -> Tensor:
+        """What the member becomes for a common value; what its view does not cover stays."""
+        return common if self.view is None else self.view.forward(common, backend.read(self.variable))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the view covers every entry of the variable, so that none of it is free."""
+        return math.prod(self.common_shape) == math.prod(self.variable.shape)
+
+    def pull_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient with respect to the common value, from that of the member."""
+        return gradient if self.view is None else self.view.adjoint(backend.tensor(gradient))
+
+    def show_gradient(self, gradient: Tensor, own: Tensor | None) -> Tensor:
+        """The gradient of the member in the common value's place; what its view does not cover keeps its own."""
+        if self.view is None:
+            return gradient
+        own = ops.zeros(self.variable.shape, gradient.dtype) if own is None else own
+        return self.view.forward(gradient / self.gain**2, own)
+
+    def __str__(self) -> str:
+        variable = self.variable
+        view = "" if self.view is None else f" as {self.view!r}"
+        return f"'{self.path}' {tuple(variable.shape)} {backend.dtype(variable)}{view}"
+
+    def __repr__(self) -> str:
+        return f"<Member {self if self.alive else repr(self.path) + ' (deleted)'}>"
+
+
+class _Seen:
+    """A value that the loss of a step saw. It serves one scope, that of the step's optimizer, and no later one.
+
+    JAX itself refuses the placeholder of one trace in another. A concrete value says nothing of its step, so one
+    that was seen outside a trace must not be compiled into a step, where it would stay for good. A variable that the
+    loss does not carry is in no model of the step, so nobody but the variable knows its value.
+    """
+
+    def __init__(self, variable: keras.Variable):
+        self._value = weakref.ref(backend.read(variable)) if backend.is_visible(variable) else None
+        self._tracing = backend.is_tracing()
+        self._scope: weakref.ref[Any] | None = None
+
+    def serve(self, variable: keras.Variable) -> Tensor | None:
+        """The value, if the scope that asks is the first to and may know it."""
+        in_fit = backend.is_purged(variable)
+        scope = backend.current_scope()
+        if self._scope is None:
+            self._scope = weakref.ref(scope)
+        # `fit` never compiles an optimizer apart from its loss; eagerly, loss scaling still has JAX trace it.
+        one_step = in_fit or self._tracing == backend.is_tracing()
+        if not one_step or self._scope() is not scope:
+            return None
+        return backend.read_live(variable) if self._value is None else self._value()

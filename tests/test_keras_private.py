@@ -1,0 +1,181 @@
+"""Each private name of Keras that equalize relies on is there, and does what is expected of it."""
+
+import ast
+import inspect
+import pathlib
+import re
+
+import keras
+import pytest
+from keras import ops
+
+import equalize
+from equalize._backend import keras_private
+from tests.conftest import BACKEND
+
+FOLDER = pathlib.Path(equalize.__file__).parent
+
+
+def model():
+    return keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, name="inside"), keras.layers.BatchNormalization()]
+    )
+
+
+def built(optimizer):
+    variables = model().trainable_variables
+    optimizer.build(variables)
+    return variables
+
+
+def the_scope_that_is_active():
+    assert keras_private.stateless_scope() is None
+    with keras.StatelessScope() as scope:
+        assert keras_private.stateless_scope() is scope
+
+
+def the_scope_in_which_shapes_are_inferred():
+    seen = []
+
+    class Seeing(keras.layers.Layer):
+        def call(self, x):
+            seen.append(keras_private.in_symbolic_scope())
+            return x
+
+    Seeing()(keras.Input((2,)))
+    assert set(seen) == {True}
+    assert not keras_private.in_symbolic_scope()
+
+
+def the_class_of_variables():
+    assert keras_private.is_variable(model().layers[0].kernel)
+    assert not keras_private.is_variable(ops.ones(2))
+
+
+def the_value_of_a_variable():
+    assert keras_private.held_value(keras.Variable(1.0)) is not None
+
+
+def the_lists_of_variables():
+    trained, others = keras_private.own_variables(model().layers[1])
+    assert ([v.name for v in trained], [v.name for v in others]) == (
+        ["gamma", "beta"],
+        ["moving_mean", "moving_variance"],
+    )
+
+
+def the_layers_inside():
+    assert [type(layer).__name__ for layer in keras_private.sublayers(model())][-2:] == ["Dense", "BatchNormalization"]
+
+
+def all_layers():
+    assert "inside" in [layer.name for layer in keras_private.flattened(model())]
+
+
+def layers_whose_constructor_has_run():
+    assert keras_private.is_initialized(keras.layers.Dense(2))
+    assert not keras_private.is_initialized(object.__new__(keras.layers.Dense))
+
+
+def tracking_another_variable():
+    one, two = (keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).layers[0] for _ in range(2))
+    keras_private.replace_variable(two, two.kernel, one.kernel)
+    assert two.weights[0] is one.kernel
+    assert [weight.name for weight in two.weights] == ["kernel", "bias"]
+
+
+def the_parameters_that_torch_knows():
+    one, two = (keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).layers[0] for _ in range(2))
+    old = two.kernel
+    keras_private.replace_torch_parameter(two, old, one.kernel)
+    if BACKEND == "torch":
+        assert list(two.parameters())  # Keras lists them when it is asked first (3.15)
+        keras_private.replace_torch_parameter(two, old, one.kernel)
+        assert any(parameter is one.kernel.value for parameter in two.parameters())
+        assert not any(parameter is old.value for parameter in two.parameters())
+
+
+def the_variables_of_an_optimizer():
+    optimizer = keras.optimizers.SGD()
+    variables = built(optimizer)
+    assert [id(v) for v in keras_private.updated_variables(optimizer)] == [id(v) for v in variables]
+
+
+def what_weight_decay_applies_to():
+    optimizer = keras.optimizers.AdamW()
+    kernel, bias, *_ = model().trainable_variables
+    optimizer.exclude_from_weight_decay(var_list=[bias])
+    assert (keras_private.decays(optimizer, kernel), keras_private.decays(optimizer, bias)) == (True, False)
+
+
+def the_optimizer_that_several_leave_to_a_variable():
+    kernel = model().trainable_variables[0]
+    assert keras_private.optimizer_for(keras.optimizers.SGD(), kernel) is None
+    if hasattr(keras.optimizers, "MultiOptimizer"):
+        first, second = keras.optimizers.SGD(), keras.optimizers.Adam()
+        several = keras.optimizers.MultiOptimizer(lambda v: first if v.ndim == 2 else second)
+        assert keras_private.optimizer_for(several, kernel) is first
+
+
+def what_muon_trains_by_adamw():
+    kernel, bias, *_ = model().trainable_variables
+    assert keras_private.uses_adamw(keras.optimizers.SGD(), kernel) is None
+    if hasattr(keras.optimizers, "Muon"):
+        muon = keras.optimizers.Muon()
+        muon.build([kernel, bias])
+        assert (keras_private.uses_adamw(muon, kernel), keras_private.uses_adamw(muon, bias)) == (False, True)
+
+
+USES = {
+    "stateless_scope": the_scope_that_is_active,
+    "in_symbolic_scope": the_scope_in_which_shapes_are_inferred,
+    "is_variable": the_class_of_variables,
+    "held_value": the_value_of_a_variable,
+    "own_variables": the_lists_of_variables,
+    "sublayers": the_layers_inside,
+    "flattened": all_layers,
+    "is_initialized": layers_whose_constructor_has_run,
+    "replace_variable": tracking_another_variable,
+    "replace_torch_parameter": the_parameters_that_torch_knows,
+    "updated_variables": the_variables_of_an_optimizer,
+    "decays": what_weight_decay_applies_to,
+    "optimizer_for": the_optimizer_that_several_leave_to_a_variable,
+    "uses_adamw": what_muon_trains_by_adamw,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_it_is_there_and_does_what_is_expected(name):
+    USES[name]()
+
+
+def test_each_is_used_here():
+    assert set(USES) == {name for name, _ in inspect.getmembers(keras_private, inspect.isfunction)}
+
+
+def test_no_other_file_uses_private_names_of_keras():
+    trees = {file: ast.parse(file.read_text("utf-8")) for file in FOLDER.rglob("*.py")}
+    ours = {"_getframe", "_version"}  # of Python, and of PyTorch's tensors
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                ours.add(node.name)
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                ours.add(node.attr)
+        ours |= {
+            target.id
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+    for file, tree in trees.items():
+        used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and re.match("_[a-z]", n.attr)}
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        if file.name != "keras_private.py":
+            assert used <= ours, file.name
+            assert not any(module.startswith("keras.src") for module in imported), file.name

@@ -1,0 +1,260 @@
+"""Rules of one's own: the recipes of the README, on `GroupConstraint` and `GroupRegularizer`."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import equalize
+from equalize.callbacks import TieMonitor
+from equalize.constraints import Equal, GroupConstraint
+from equalize.errors import EqualizeError, GroupMismatchError, TieBrokenError
+from equalize.regularizers import GroupRegularizer
+from equalize.views import Scale, Transpose
+from tests.conftest import BACKEND, MODES, data, no_loss
+
+
+@keras.saving.register_keras_serializable("own")
+class SumToZero(GroupConstraint):
+    """Members that sum to zero, such as effects around a mean."""
+
+    def project(self, values):
+        mean = sum(values) / len(values)
+        return [value - mean for value in values]
+
+
+@keras.saving.register_keras_serializable("own")
+class Orthogonal(GroupConstraint):
+    """Two matrices whose columns are orthogonal to each other's, W₁ᵀ·W₂ = 0: the nearer part of each is taken off."""
+
+    def project(self, values):
+        first, second = values
+        q, _ = ops.qr(first)
+        return [first, second - q @ (ops.transpose(q) @ second)]
+
+
+@keras.saving.register_keras_serializable("own")
+class Ascending(GroupConstraint):
+    """A monotone chain w₁ ≤ w₂ ≤ … in each entry: isotonic regression, by the max-min formula."""
+
+    def project(self, values):
+        n, sums = len(values), [ops.zeros_like(values[0])]
+        for value in values:
+            sums.append(sums[-1] + value)
+
+        def mean(i, j):
+            return (sums[j + 1] - sums[i]) / (j + 1 - i)
+
+        def lowest(i, k):
+            return ops.min(ops.stack([mean(i, j) for j in range(k, n)]), axis=0)
+
+        return [ops.max(ops.stack([lowest(i, k) for i in range(k + 1)]), axis=0) for k in range(n)]
+
+
+@keras.saving.register_keras_serializable("own")
+class JointNorm(GroupConstraint):
+    """A kernel and a bias whose joint norm is at most 1: members of unlike shapes."""
+
+    same_shape = False
+
+    def project(self, values):
+        norm = ops.sqrt(sum(ops.sum(ops.square(value)) for value in values))
+        return [value / ops.maximum(norm, 1.0) for value in values]
+
+
+@keras.saving.register_keras_serializable("own")
+class EWC(GroupRegularizer):
+    """½ · Σ F · (w − w₀)², with the diagonal F of a Fisher matrix; w₀ is the second member, an anchor.
+
+    Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks (2017), equation 3.
+    """
+
+    def __init__(self, group=None, factor=1.0, *, fisher, view=None, inner=None):
+        super().__init__(group, factor, view=view, inner=inner)
+        self.fisher = np.asarray(fisher, "float32").tolist()
+
+    def penalty(self, values):
+        return 0.5 * ops.sum(ops.convert_to_tensor(self.fisher) * ops.square(values[0] - values[1]))
+
+    def get_config(self):
+        return super().get_config() | {"fisher": self.fisher}
+
+
+def array(variable):
+    return ops.convert_to_numpy(variable.value)
+
+
+def kernels(count=3, shape=(4, 2)):
+    random = np.random.default_rng(0)
+    return [keras.Variable(random.normal(size=shape).astype("float32"), name=f"w{i}") for i in range(count)]
+
+
+def sums_to_zero(values):
+    return np.abs(sum(values)).max() < 1e-5
+
+
+def orthogonal(values):
+    return np.abs(values[0].T @ values[1]).max() < 1e-5
+
+
+def ascending(values):
+    return min((b - a).min() for a, b in itertools.pairwise(values)) >= -1e-6
+
+
+def within_one(values):
+    return sum((value**2).sum() for value in values) <= 1.0 + 1e-5
+
+
+RECIPES = {
+    "sum to zero": (SumToZero, 3, sums_to_zero),
+    "orthogonal": (Orthogonal, 2, orthogonal),
+    "ascending": (Ascending, 4, ascending),
+    "joint norm": (JointNorm, 3, within_one),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_after_every_step_the_members_are_as_the_rule_has_them(name):
+    rule, count, holds = RECIPES[name]
+    members = kernels(count)
+    registry = equalize.GroupRegistry()
+    registry.tie("own", members, rule())
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build(members)
+    random = np.random.default_rng(1)
+    for _ in range(5):
+        before = [array(member) for member in members]
+        optimizer.apply([ops.convert_to_tensor(random.normal(size=(4, 2)).astype("float32")) for _ in members], members)
+        assert holds([array(member) for member in members])
+        assert any((array(member) != old).any() for member, old in zip(members, before, strict=True))
+    registry.check()
+    assert registry.spread()["own"] == 0.0
+    members[-1].assign(array(members[-1]) * 2.0 - 3.0)
+    with pytest.raises(TieBrokenError, match="'own'"):
+        registry.check(atol=1e-3)
+    registry.sync("first", "own")
+    registry.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_declared_rule_is_trained_monitored_saved_and_linked_again(mode, tmp_path):
+    entrance = keras.Input((5,))
+    heads = [keras.layers.Dense(4, kernel_constraint=SumToZero("heads"), name=f"head_{i}") for i in range(3)]
+    model = keras.Model(entrance, keras.layers.Concatenate()([head(entrance) for head in heads]))
+    registry = equalize.GroupRegistry().link(model)
+    assert not registry["heads"].hard
+    assert registry["heads"].projects
+    model.compile(keras.optimizers.SGD(0.1), "mse", **MODES[mode])
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(8, 5)).astype("float32"), random.normal(size=(8, 12)).astype("float32")
+    logs = model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[TieMonitor(registry)]).history
+    assert max(logs["spread/heads"]) < 1e-5
+    assert sums_to_zero([array(head.kernel) for head in heads])
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    again = equalize.GroupRegistry().link(loaded)
+    loaded.fit(x, y, batch_size=4, verbose=0)
+    again.check(atol=1e-5)
+    registry.untie()
+    assert all(head.kernel.constraint is None and head.kernel_constraint is None for head in heads)
+
+
+def test_a_multiple_of_another_member_is_a_tie_with_a_view():
+    first, second = kernels(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("triple", [first, (second, Scale(3))], Equal())
+    np.testing.assert_array_equal(array(second), 3 * array(first))
+
+
+def test_values_are_seen_through_views_and_anchors_stay():
+    first, second = kernels(2)[0], kernels(1, (2, 4))[0]
+    anchor = np.full((4, 2), 0.5, "float32")
+    registry = equalize.GroupRegistry()
+    seen = []
+
+    class Watched(SumToZero):
+        def project(self, values):
+            seen.append((self.fixed, self.weights, [tuple(value.shape) for value in values]))
+            return super().project(values)
+
+    group = registry.tie("own", [first, (second, Transpose()), anchor], Watched())
+    registry.project()
+    assert seen[-1] == ((False, False, True), (1.0, 1.0, 1.0), [(4, 2)] * 3)
+    np.testing.assert_array_equal(array(group.members[2].variable), anchor)
+
+
+def test_an_inner_constraint_holds_for_each_projected_value():
+    members = kernels(3)
+    registry = equalize.GroupRegistry()
+    registry.tie("own", members, SumToZero(inner="non_neg"))
+    registry.project()
+    assert all((array(member) >= 0).all() for member in members)
+
+
+def test_members_of_unlike_shapes_need_a_rule_that_says_so():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 4))
+    layer.bias.assign([1.0, 2.0, 3.0])
+    registry = equalize.GroupRegistry()
+    with pytest.raises(GroupMismatchError, match="expected shape"):
+        registry.tie("joint", [layer.kernel, layer.bias], SumToZero())
+    registry.tie("joint", [layer.kernel, layer.bias], JointNorm())
+    assert within_one([array(layer.kernel), array(layer.bias)])  # projected when it was tied
+    assert registry.spread()["joint"] < 1e-6
+    with pytest.raises(EqualizeError, match="no common value"):
+        _ = registry["joint"].value
+    registry.summary(print_fn=len)
+    assert registry.diagnose() == []
+
+
+def test_a_penalty_of_ones_own_pulls_with_its_gradient_and_is_counted_once(tmp_path):
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    model = keras.Sequential([keras.Input((3,)), layer])
+    start = array(layer.kernel).copy()
+    fisher = np.arange(6, dtype="float32").reshape(3, 2)
+    registry = equalize.GroupRegistry()
+    registry.tie("ewc", [layer.kernel, start], EWC(factor=0.5, fisher=fisher))
+    layer.kernel.assign(start + 1.0)
+    expected = 0.5 * 0.5 * fisher.sum()
+    assert float(ops.convert_to_numpy(registry.penalty())) == pytest.approx(expected)
+    assert sum(float(ops.convert_to_numpy(loss)) for loss in model.losses) == pytest.approx(expected)
+    clone = keras.models.clone_model(model)
+    model.compile(keras.optimizers.SGD(1.0), no_loss)
+    model.fit(np.zeros((1, 3), "float32"), np.zeros((1, 2), "float32"), verbose=0)
+    np.testing.assert_allclose(array(layer.kernel), start + 1.0 - 0.5 * fisher, rtol=1e-5)
+    copied = equalize.GroupRegistry.from_config(registry.get_config()).link(clone)
+    assert copied["ewc"].rule.get_config() == registry["ewc"].rule.get_config()
+    assert registry["ewc"].describe() == "EWC(factor=0.5, fisher=<3×2 matrix>)"
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
+@pytest.mark.parametrize("jit", [False, True])
+def test_under_mirrored_strategy(jit):
+    import tensorflow as tf
+
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        entrance = keras.Input((5,))
+        heads = [keras.layers.Dense(4, kernel_constraint=SumToZero("heads")) for _ in range(3)]
+        model = keras.Model(entrance, keras.layers.Add()([head(entrance) for head in heads]))
+        model.compile("sgd", "mse", jit_compile=jit)
+    registry = equalize.GroupRegistry().link(model)
+    model.fit(*data(), verbose=0)
+    registry.check(atol=1e-5)
+
+
+def test_rules_never_change():
+    rule = EWC(fisher=[[1.0]])
+    for name in ("factor", "fisher", "anything"):
+        with pytest.raises(EqualizeError, match=r"Call `registry.replace\(name, rule\)`"):
+            setattr(rule, name, 1.0)
+    assert rule.factor == 1.0
+
+
+def test_the_bases_are_abstract():
+    for base in (GroupConstraint, GroupRegularizer):
+        with pytest.raises(TypeError, match="abstract"):
+            base("g")
