@@ -13,6 +13,7 @@ import sys
 import textwrap
 import traceback
 from collections import Counter
+from typing import Any
 
 import keras
 import numpy as np
@@ -114,7 +115,7 @@ class OneForAll(GroupConstraint):
 class Nothing(GroupConstraint):
     """Another, which returns nothing."""
 
-    def project(self, values):
+    def project(self, values) -> Any:
         return "nothing"
 
 

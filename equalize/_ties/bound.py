@@ -188,7 +188,7 @@ def _changed(outermost: Any, change: Callable[[Any], Any]) -> Any:
     inner = _changed(outermost.inner, change)
     if isinstance(outermost, Bound):
         outermost.inner = inner
-    elif inner is not outermost.inner:
+    elif isinstance(outermost, Rule) and inner is not outermost.inner:
         outermost = outermost.having(inner=inner)
     return change(outermost)
 
