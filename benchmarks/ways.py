@@ -107,7 +107,7 @@ class _Member(NamedTuple):
     def pull(self) -> Any:
         """The common value that the variable shows."""
         value = ops.convert_to_tensor(self.variable.value)
-        return value if self.view is None else self.view.pull(value)
+        return value if self.view is None else self.view.least_squares(value)
 
     def assign(self, common: Any) -> None:
         """Lets the variable show a common value."""

@@ -69,7 +69,7 @@ class TieMonitor(keras.callbacks.Callback):
             they were from being invariant. Empty where all was as it should be.
 
     Raises:
-        TypeError: `registry` is no registry, `atol` no number or `repair` no bool.
+        TypeError: `registry` is not a registry, `atol` is not a number or `repair` is not a bool.
         EqualizeError: `atol` is negative or not finite; or a run starts under a `TiedOptimizer`, and the monitor
             comes before `SwapEMAWeights`.
         NotLinkedError: Training starts, and the model has neither a group of the registry nor an `Invariant` kernel.
@@ -174,7 +174,7 @@ class TieMonitor(keras.callbacks.Callback):
                 continue
             subject, project = variable.path, functools.partial(_project, variable)
             if isinstance(constraint, Bound):
-                group, value = constraint.group, constraint.member.pull(value)
+                group, value = constraint.group, constraint.member.least_squares(value)
                 if not group.hard:
                     continue
                 subject, project, constraint = group.name, group.project, group.inner
@@ -208,7 +208,7 @@ class TieMonitor(keras.callbacks.Callback):
             path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
         Raises:
-            TypeError: `path` is no path.
+            TypeError: `path` is not a path.
             EqualizeError: No epoch has ended, the suffix is another, or the folder does not exist.
             ImportError: matplotlib is not installed; the extra `plot` brings it.
         """
@@ -255,9 +255,9 @@ class FactorSchedule(keras.callbacks.Callback):
     or the `rate` of those tied by `equalize.constraints.Equal`; it is logged as `factor/<name of the group>`.
 
     On TensorFlow the compiled step reads the number from a variable, and on PyTorch from the rule, so a change costs
-    nothing. JAX compiles the number into the step: every change there compiles the step anew, and a schedule that
+    nothing. JAX compiles the number into the step: every change there recompiles the step, and a schedule that
     changes in every epoch costs a compilation an epoch. A rate that comes to 1.0, where members become bitwise equal,
-    or leaves it, has the step traced anew on TensorFlow, too. The last number stays with the group; layers that
+    or leaves it, has the step retraced on TensorFlow, too. The last number stays with the group; layers that
     declare a rule keep that one in their configs.
 
     Args:
@@ -268,7 +268,7 @@ class FactorSchedule(keras.callbacks.Callback):
             `keras.optimizers.schedules.ExponentialDecay(1e-4, 1, 2.0)` doubles in every epoch.
 
     Raises:
-        TypeError: `registry` is no registry, `names` are no strings, or `schedule` cannot be called.
+        TypeError: `registry` is not a registry, `names` are not strings, or `schedule` cannot be called.
         EqualizeError: `names` is empty, a group is unknown when training starts, its factor is a matrix, or the
             schedule returns a number out of range (`factor` in [0, ∞), `rate` in (0, 1]).
         NotLinkedError: Training starts, and no group has a member in the model.
@@ -326,7 +326,7 @@ class FactorSchedule(keras.callbacks.Callback):
         return groups
 
     def _retrace(self, groups: Sequence[Group]) -> None:
-        """Has the steps of all models that hold a member traced anew, also of those that are trained elsewhere."""
+        """Has the steps of all models that hold a member retraced, also of those that are trained elsewhere."""
         if groups:
             living.retrace(member.variable for group in groups for member in group.members)
 

@@ -206,7 +206,7 @@ class Invariant(keras.constraints.Constraint):
     Raises:
         EqualizeError: No view is given; or, when the constraint meets its variable, the views do not form a finite
             group, change its shape or do not fit it.
-        TypeError: An entry of `views` is no view.
+        TypeError: An entry of `views` is not a view.
 
     Example:
     >>> import keras, equalize

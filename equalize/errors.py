@@ -2,7 +2,7 @@
 
 Below `EqualizeError` there are `NotLinkedError`, `GroupMismatchError` and `TieBrokenError`. All are `ValueError`s, so
 that code written for Keras's own errors catches them. An argument of the wrong type is a `TypeError`. A message says
-what is wrong, what was expected, what was received and how to mend it, and what raised it has changed nothing.
+what is wrong, what was expected, what was received and how to fix it, and what raised it has changed nothing.
 """
 
 __all__ = ["EqualizeError", "GroupMismatchError", "NotLinkedError", "TieBrokenError"]
@@ -11,7 +11,7 @@ __all__ = ["EqualizeError", "GroupMismatchError", "NotLinkedError", "TieBrokenEr
 class EqualizeError(ValueError):
     """Base of every error that equalize raises about ties.
 
-    Raised itself for arguments that are out of range, for names of groups that there are not, and for steps that
+    Raised itself for arguments that are out of range, for unknown group names, and for steps that
     cannot reach a member.
 
     Example:

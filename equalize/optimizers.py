@@ -37,7 +37,7 @@ def _of_inner(name: str) -> Any:
 
 
 class _Built:
-    """What slots were made for. It is no list of the optimizer's, which TensorFlow would track.
+    """What slots were made for. It is not a list of the optimizer's, which TensorFlow would track.
 
     Attributes:
         variables: All variables that are trained.
@@ -71,7 +71,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     Through views the gradient of the common value is the sum of the adjoints, Σ Vᵢᵀ(gᵢ). Missing gradients count as
     zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not
-    tied, are trained as ever. Entries of a member that a `Slice` leaves free have slots of their own.
+    tied, are trained as usual. Entries of a member that a `Slice` leaves free have slots of their own.
 
     The learning rate, `iterations`, `variables`, settings such as `use_ema` and `clipnorm`, and what callbacks do with
     them are the inner optimizer's. What it decides variable by variable, for instance by `exclude_from_weight_decay`
@@ -93,8 +93,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         name: Name of the optimizer.
 
     Raises:
-        TypeError: `registry` is no registry, or `name` no string.
-        EqualizeError: `reduction` or `name` is none that can be, or `inner_optimizer` is a `TiedOptimizer` or none.
+        TypeError: `registry` is not a registry, or `name` is not a string.
+        EqualizeError: `reduction` or `name` is invalid, or `inner_optimizer` is a `TiedOptimizer` or none.
         NotLinkedError: Training starts, and no hard group of the registry has a variable that is trained.
         TieBrokenError: Slots are made, and the members of a hard group are not equal.
         GroupMismatchError: Slots are made, and a part of a group is given, or members are treated differently.

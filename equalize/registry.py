@@ -147,7 +147,7 @@ class GroupRegistry(Mapping[str, Group]):
                 constraints differ; a variable is in another hard group; two members that do not move differ.
             NotLinkedError: A layer is not built.
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
-            TypeError: A member is neither a variable, a layer nor an array, or the rule is no rule.
+            TypeError: A member is neither a variable, a layer nor an array, or the rule is not a rule.
         """
         arguments.option("initial", initial, _INITIAL)
         _require_values("tie")
@@ -178,7 +178,7 @@ class GroupRegistry(Mapping[str, Group]):
             rule: The new rule, without a group name, view or weight.
 
         Raises:
-            TypeError: The new rule is no rule.
+            TypeError: The new rule is not a rule.
             EqualizeError: There is no such group; or the rule names another group, a view or a weight.
             GroupMismatchError: The members do not fit it, or it would be the second hard rule of a variable.
 
@@ -202,7 +202,7 @@ class GroupRegistry(Mapping[str, Group]):
         """Dissolves groups, all where none is named; the variables keep their values, and their inner rules.
 
         What was untied is plain Keras again, config included: layers that declare the rule are left with what it had
-        inside, so the model saves without a word of `equalize` and loads where `equalize` is not installed. A
+        inside, so the model saves with no mention of `equalize` and loads where `equalize` is not installed. A
         `TiedOptimizer` is no part of that: compile with another optimizer.
 
         Args:
@@ -210,7 +210,7 @@ class GroupRegistry(Mapping[str, Group]):
 
         Raises:
             EqualizeError: There is no such group.
-            TypeError: A name is no string.
+            TypeError: A name is not a string.
         """
         groups = self.select(names)
         discovery.undeclare(groups)
@@ -274,7 +274,7 @@ class GroupRegistry(Mapping[str, Group]):
 
         Raises:
             EqualizeError: There is no such group.
-            TypeError: A name is no string.
+            TypeError: A name is not a string.
         """
         names = arguments.names("names", names)
         selected = {} if names else dict(self)
@@ -298,7 +298,7 @@ class GroupRegistry(Mapping[str, Group]):
     def check(self, atol: float = 0.0) -> None:
         """Raises `TieBrokenError` unless the members of every hard group are equal to within `atol`.
 
-        The members of a `GroupConstraint` of one's own are compared with their own projection.
+        The members of a custom `GroupConstraint` are compared with their own projection.
 
         Args:
             atol: The largest spread that counts as equal. 0.0 asks for equal bits.
@@ -306,7 +306,7 @@ class GroupRegistry(Mapping[str, Group]):
         Raises:
             TieBrokenError: The members of a hard group are further apart.
             EqualizeError: `atol` is negative or not finite.
-            TypeError: `atol` is no number.
+            TypeError: `atol` is not a number.
         """
         atol = arguments.number("atol", atol, low=0.0)
         broken = {name: s for name, s in self.spread().items() if self[name].rule.enforced and not s <= atol}
@@ -344,7 +344,7 @@ class GroupRegistry(Mapping[str, Group]):
             path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
         Raises:
-            TypeError: `path` is no path.
+            TypeError: `path` is not a path.
             EqualizeError: The registry has no group, the suffix is another, or the folder does not exist.
             ImportError: matplotlib is not installed; the extra `plot` brings it.
         """
@@ -367,7 +367,7 @@ class GroupRegistry(Mapping[str, Group]):
             A list of findings, empty where there is nothing to say. Print one to read it.
 
         Raises:
-            TypeError: One of `models` is no Keras model.
+            TypeError: One of `models` is not a Keras model.
         """
         for model in models:
             if not isinstance(model, keras.Model):

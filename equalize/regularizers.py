@@ -43,7 +43,7 @@ class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
         fixed: While `penalty` runs: whether each member is an anchor, which does not move.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
         TypeError: An argument is of the wrong type.
         NotLinkedError: The loss is computed and no registry has linked the model.
 
@@ -145,7 +145,7 @@ class MeanL2(_Shipped):
         inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
         TypeError: An argument is of the wrong type.
         NotLinkedError: The loss is computed and no registry has linked the model.
 
@@ -295,7 +295,7 @@ class PairwiseL1(_Shipped):
         inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
         TypeError: An argument is of the wrong type.
         NotLinkedError: The loss is computed and no registry has linked the model.
 
@@ -334,7 +334,7 @@ class ChainL2(_Shipped):
         inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
         TypeError: An argument is of the wrong type.
         NotLinkedError: The loss is computed and no registry has linked the model.
 
@@ -377,7 +377,7 @@ class TraceNorm(_Shipped):
         inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no regularizer.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
         TypeError: An argument is of the wrong type.
         NotLinkedError: The loss is computed and no registry has linked the model.
 

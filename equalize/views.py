@@ -4,9 +4,9 @@
 several views in a row.
 
 A view V maps the common value c to what the member shows, w = V(c): a transposed copy, a flipped one, a multiple, a
-part. Each is a multiple of an isometry, Vᵀ·V = gain² · identity, so the best common value seen from one member alone
-is `pull(w) = Vᵀ(w) / gain²`, and the least-squares one of a group, argmin over c of Σ weight_i · ‖w_i − V_i(c)‖², is
-the mean of the pulled-back members with the weights `weight_i · gain_i²`.
+part. Each is a multiple of an isometry, Vᵀ·V = scale² · identity, so the best common value seen from one member alone
+is `least_squares(w) = Vᵀ(w) / scale²`, and the least-squares one of a group, argmin over c of Σ weight_i · ‖w_i − V_i(c)‖², is
+the mean of the pulled-back members with the weights `weight_i · scale_i²`.
 """
 
 import math
@@ -31,7 +31,7 @@ class View:
     """Base of the views. Equal views have equal configs.
 
     It is what annotations and `isinstance` name. Each view is linear and stretches every value by one factor,
-    its `gain`.
+    its `scale`.
 
     Example:
     >>> from equalize import views
@@ -41,8 +41,8 @@ class View:
     (4, 3)
     """
 
-    gain: float = 1.0
-    """The factor by which the view stretches: ‖V(c)‖ = gain · ‖c‖."""
+    scale: float = 1.0
+    """The factor by which the view stretches: ‖V(c)‖ = scale · ‖c‖."""
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         """What the member shows of the common value, V(c).
@@ -61,8 +61,8 @@ class View:
         """The adjoint Vᵀ(w), with ⟨V(c), w⟩ = ⟨c, Vᵀ(w)⟩: what takes a gradient of the member to the common value."""
         raise NotImplementedError
 
-    def pull(self, w: Tensor) -> Tensor:
-        """The common value seen from the member alone, Vᵀ(w) / gain²."""
+    def least_squares(self, w: Tensor) -> Tensor:
+        """The common value seen from the member alone, Vᵀ(w) / scale²."""
         return self.adjoint(w)
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
@@ -106,8 +106,8 @@ class Transpose(View):
         axes: The permutation, as in `keras.ops.transpose`; None reverses all axes.
 
     Raises:
-        EqualizeError: `axes` is no permutation.
-        TypeError: `axes` are no integers.
+        EqualizeError: `axes` is not a permutation.
+        TypeError: `axes` are not integers.
 
     Example:
     >>> from equalize import views
@@ -148,7 +148,7 @@ class Flip(View):
 
     Raises:
         EqualizeError: An axis is named twice, or none is.
-        TypeError: `axes` are no integers.
+        TypeError: `axes` are not integers.
 
     Example:
     >>> from equalize import views
@@ -188,7 +188,7 @@ class Rotate90(View):
 
     Raises:
         EqualizeError: `axes` are not two different axes.
-        TypeError: An argument is no integer.
+        TypeError: An argument is not an integer.
 
     Example:
     >>> from equalize import views
@@ -242,7 +242,7 @@ class Scale(View):
 
     Raises:
         EqualizeError: `factor` is 0 or not finite.
-        TypeError: `factor` is no number.
+        TypeError: `factor` is not a number.
 
     Example:
     >>> from equalize import views
@@ -253,7 +253,9 @@ class Scale(View):
 
     def __init__(self, factor: float):
         self.factor = arguments.number("factor", factor)
-        self.gain = _checked_gain(abs(self.factor), f"`factor` must be finite and not 0. Received: {received(factor)}.")
+        self.scale = _checked_scale(
+            abs(self.factor), f"`factor` must be finite and not 0. Received: {received(factor)}."
+        )
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         return common * self.factor
@@ -261,7 +263,7 @@ class Scale(View):
     def adjoint(self, w: Tensor) -> Tensor:
         return w * self.factor
 
-    def pull(self, w: Tensor) -> Tensor:
+    def least_squares(self, w: Tensor) -> Tensor:
         return w / self.factor
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
@@ -281,7 +283,7 @@ class Slice(View):
 
     Raises:
         EqualizeError: The arguments differ in length, or are negative or empty.
-        TypeError: The arguments are no integers.
+        TypeError: The arguments are not integers.
 
     Example:
     >>> from equalize import views
@@ -333,7 +335,7 @@ class Chain(View):
 
     Raises:
         EqualizeError: No view is given, or the product of the factors is out of range.
-        TypeError: An argument is no view.
+        TypeError: An argument is not a view.
 
     Example:
     >>> from equalize import views
@@ -354,8 +356,8 @@ class Chain(View):
         """The views that move entries, without those that scale them."""
         self.factor = math.prod(view.factor for view in views if isinstance(view, (Chain, Scale)))
         """The product of the factors of all `Scale`s."""
-        self.gain = _checked_gain(
-            math.prod(view.gain for view in self.moves) * abs(self.factor),
+        self.scale = _checked_scale(
+            math.prod(view.scale for view in self.moves) * abs(self.factor),
             f"`views` must not stretch so. Received: {views}.",
         )
 
@@ -363,7 +365,7 @@ class Chain(View):
         common = self._scaled(common)
         inside = [like]
         for view in reversed(self.moves[1:]):
-            inside.insert(0, None if like is None else view.pull(inside[0]))
+            inside.insert(0, None if like is None else view.least_squares(inside[0]))
         for view, current in zip(self.moves, inside, strict=False):
             common = view.forward(common, current)
         return common
@@ -373,9 +375,9 @@ class Chain(View):
             w = view.adjoint(w)
         return self._scaled(w)
 
-    def pull(self, w: Tensor) -> Tensor:
+    def least_squares(self, w: Tensor) -> Tensor:
         for view in reversed(self.moves):
-            w = view.pull(w)
+            w = view.least_squares(w)
         return w if self.factor == 1.0 else w / self.factor
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
@@ -405,8 +407,8 @@ def _flipped(x: Tensor, axes: Sequence[int]) -> Tensor:
     return x
 
 
-def _checked_gain(gain: float, problem: str) -> float:
+def _checked_scale(scale: float, problem: str) -> float:
     """The factor by which a view stretches: its square, by which gradients are divided, must be a float32 number."""
-    if not np.finfo("float32").tiny <= gain * gain <= np.finfo("float32").max:
+    if not np.finfo("float32").tiny <= scale * scale <= np.finfo("float32").max:
         raise EqualizeError(f"{problem} Expected a factor between 1.1e-19 and 1.8e19 in size.")
-    return gain
+    return scale

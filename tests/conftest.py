@@ -141,7 +141,7 @@ def shown_alike(group) -> bool:
     if not all(member.lossless for member in group.members):
         return group.spread() == 0.0
     values = (ops.convert_to_tensor(ops.convert_to_numpy(member.variable.value)) for member in group.members)
-    pulled = (member.pull(value) for member, value in zip(group.members, values, strict=True))
+    pulled = (member.least_squares(value) for member, value in zip(group.members, values, strict=True))
     return len({ops.convert_to_numpy(common).tobytes() for common in pulled}) == 1
 
 

@@ -240,7 +240,7 @@ def test_what_it_cannot_judge_is_an_error():
         with pytest.raises(EqualizeError, match="needs inputs and targets with one number of samples"):
             registry.advise(model, some_x, some_y)
     other, _, _, _, _ = linear_heads([[1, 2], [2, 4]])
-    with pytest.raises(EqualizeError, match=r"its member .head_0/kernel. .* is no variable"):
+    with pytest.raises(EqualizeError, match=r"its member .head_0/kernel. .* is not a variable"):
         registry.advise(other, x, y)
     with pytest.raises(EqualizeError, match=r"Call `model.compile\(optimizer, loss\)` first"):
         registry.advise(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), x, y)

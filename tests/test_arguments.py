@@ -101,13 +101,13 @@ def itself():
 
 
 def foreign(**changes):
-    """The config of something that is no data."""
+    """The config of something that is not data."""
     return {"module": "os", "class_name": "function", "config": "system", "registered_name": "equalize>Equal"} | changes
 
 
 @keras.saving.register_keras_serializable()
 class ToZero(constraints.GroupConstraint):
-    """A rule of one's own."""
+    """A custom rule."""
 
     def project(self, values):
         return [ops.zeros_like(value) for value in values]
@@ -237,7 +237,7 @@ def soft(rule):
 
 
 def unpacked(function):
-    """A function of `*arguments`, as one of a list; what is no list is an argument itself."""
+    """A function of `*arguments`, as one of a list; what is not a list is an argument itself."""
     return lambda w, arguments, **kwargs: function(w)(
         *(arguments if isinstance(arguments, list) else [arguments]), **kwargs
     )
@@ -355,8 +355,8 @@ FUNCTIONS = {"print_fn", "schedule"}  # which users write, and whose errors are 
 
 # What equalize or Keras calls with objects of its own, and never a user.
 CALLED_BY_RULES = {"adjust", "adopt", "follow", "project", "projected", "rule", "share", "sync"}  # of a group
-CALLED_BY_GROUPS = {"pull", "pull_gradient", "show", "show_gradient"}  # of a member
-CALLED_BY_MEMBERS = {"adjoint", "common_shape", "forward", "pull"}  # of a view
+CALLED_BY_GROUPS = {"adjoint", "apply", "apply_gradient", "least_squares"}  # of a member
+CALLED_BY_MEMBERS = {"adjoint", "common_shape", "forward", "least_squares"}  # of a view
 CALLED_BY_GROUP = {"checked_strength", "having", "penalty", "project", "subset"}  # of a rule
 CALLED_BY_KERAS = {
     "apply_gradients",  # hands over to `apply`

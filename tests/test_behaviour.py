@@ -71,7 +71,7 @@ def test_a_quantized_kernel_leaves_its_group(rule, declared):
 
 
 class Growing(keras.layers.Layer):
-    """A layer that can be built anew, with other variables."""
+    """A layer that can be rebuilt, with other variables."""
 
     def __init__(self, rule=None, **kwargs):
         super().__init__(**kwargs)

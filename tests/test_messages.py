@@ -106,7 +106,7 @@ def here(case):
 
 
 class OneForAll(GroupConstraint):
-    """A rule of one's own that returns one tensor in the place of one a member."""
+    """A custom rule that returns one tensor in the place of one a member."""
 
     def project(self, values):
         return [values[0][0], values[1]]
@@ -564,7 +564,7 @@ def symmetry_that_changes_values():
 @message(
     """
     The views [Rotate90(k=1, axes=[0, 1])] do not form a group: Rotate90(k=1, axes=[0, 1]) followed by
-    Rotate90(k=1, axes=[0, 1]) is none of them. Expected: with any two views also the one that they make
+    Rotate90(k=1, axes=[0, 1]) is not one of them. Expected: with any two views also the one that they make
     together. Add it.
     """
 )
@@ -1294,7 +1294,7 @@ def projection_to_no_list():
 @message(
     """
     The variable 'one' no longer exists: its model has been deleted. Expected: a member of a model that
-    is kept. Read members anew from the registry, `registry[name].members`: it lists those that exist.
+    is kept. Read the members again from the registry, `registry[name].members`: it lists those that exist.
     """
 )
 def member_of_a_deleted_model():
@@ -1377,7 +1377,7 @@ def values_that_are_in_the_compiled_step():
 
 @message(
     """
-    This is no config of a registry: expected a dictionary with one entry 'groups', a list; received
+    This is not the config of a registry: expected a dictionary with one entry 'groups', a list; received
     {'groups': 3} of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
@@ -1387,7 +1387,7 @@ def config_of_something_else():
 
 @message(
     """
-    This is no config of a registry: expected groups with the entries ['members', 'name', 'rule'];
+    This is not the config of a registry: expected groups with the entries ['members', 'name', 'rule'];
     received {'name': 'pair', 'members': [{'view': None, 'weight': 1.0, 'path': 'left/kernel', 'shape':
     [4, 3], 'dtype': 'float32', 'places': [['63f71ab85682d262', 0, 'vars/0']]}, {'view': None, 'weight':
     1.0, 'path': 'right/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places': [['63f71ab85682d262', 1,
@@ -1400,7 +1400,7 @@ def config_of_half_a_group():
 
 @message(
     """
-    This is no config of a registry: expected at least two members in group 'pair'; received [{'view':
+    This is not the config of a registry: expected at least two members in group 'pair'; received [{'view':
     None, 'weight': 1.0, 'path': 'left/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places':
     [['63f71ab85682d262', 0, 'vars/0']]}] of type <class 'list'>. Use what `registry.get_config()`
     returned, unchanged.
@@ -1412,7 +1412,7 @@ def config_with_one_member():
 
 @message(
     """
-    This is no config of a registry: expected members with their places or a constant, a view and a
+    This is not the config of a registry: expected members with their places or a constant, a view and a
     weight in 'pair'; received {'view': None, 'weight': 1.0, 'shape': [4, 3], 'dtype': 'float32',
     'places': [['63f71ab85682d262', 0, 'vars/0']]} of type <class 'dict'>. Use what
     `registry.get_config()` returned, unchanged.
@@ -1541,7 +1541,7 @@ def config_whose_place_and_path_contradict_each_other():
 
 @message(
     """
-    This is no config of a registry: expected a name of its own for each group; received 'pair' of type
+    This is not the config of a registry: expected a name of its own for each group; received 'pair' of type
     <class 'str'>. Use what `registry.get_config()` returned, unchanged.
     """
 )

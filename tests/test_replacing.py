@@ -236,7 +236,7 @@ def test_ties_made_and_taken_away_after_training_are_followed_without_compiling_
 def test_what_torch_has_compiled_follows_ties_made_later(monkeypatch):
     import torch
 
-    # Dynamo traces and guards as ever; generating C++ from the trace would take a minute.
+    # Dynamo traces and guards as usual; generating C++ from the trace would take a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model, registry, _ = apart()
     registry.untie()

@@ -180,7 +180,7 @@ def test_members_are_bitwise_equal_when_several_steps_are_run_at_once(mode):
 @pytest.mark.slow  # test_loops.py has the optimizer's step alone
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
 def test_members_are_bitwise_equal_under_torch_compile(monkeypatch):
-    # Dynamo traces the step as ever; generating C++ from the trace would take a minute.
+    # Dynamo traces the step as usual; generating C++ from the trace would take a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model, registry = tied_towers(2)
     train_apart(model, registry, biases(model, 2), epochs=1, optimizer="sgd", jit_compile=True)

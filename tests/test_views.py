@@ -65,10 +65,10 @@ def test_adjoint_identity_isometry_and_pull(case):
     adjoint = array(view.adjoint(ops.convert_to_tensor(w))).astype("float64")
     assert shown.shape == w.shape
     assert adjoint.shape == common.shape
-    size = view.gain * (1.0 + np.linalg.norm(w) * np.linalg.norm(common))
+    size = view.scale * (1.0 + np.linalg.norm(w) * np.linalg.norm(common))
     assert abs(np.sum(shown * w) - np.sum(common * adjoint)) <= 1e-5 * size
-    assert np.linalg.norm(shown) == pytest.approx(view.gain * np.linalg.norm(common), rel=1e-5, abs=1e-30)
-    back = array(view.pull(ops.convert_to_tensor(shown.astype("float32"))))
+    assert np.linalg.norm(shown) == pytest.approx(view.scale * np.linalg.norm(common), rel=1e-5, abs=1e-30)
+    back = array(view.least_squares(ops.convert_to_tensor(shown.astype("float32"))))
     np.testing.assert_allclose(back, common, rtol=1e-5, atol=1e-30)
 
 
@@ -76,7 +76,7 @@ def test_adjoint_identity_isometry_and_pull(case):
 def test_forward_keeps_what_the_view_does_not_cover(case):
     view, w, common = case
     member, value = ops.convert_to_tensor(w), ops.convert_to_tensor(common)
-    kept = array(view.forward(view.pull(member), member))
+    kept = array(view.forward(view.least_squares(member), member))
     np.testing.assert_allclose(kept, w, rtol=1e-5, atol=1e-30)
     covered = array(view.forward(ops.ones(common.shape), ops.zeros(w.shape))) != 0
     assert np.array_equal(array(view.forward(value, member))[~covered], w[~covered])
@@ -250,7 +250,7 @@ def values_under(rule):
 
 
 def pulled(member, value):
-    return array(member.pull(ops.convert_to_tensor(value))).astype("float64")
+    return array(member.least_squares(ops.convert_to_tensor(value))).astype("float64")
 
 
 def covered(member, common):
@@ -265,7 +265,7 @@ def test_soft_ties_pull_through_views_by_the_gradient_of_the_penalty_in_every_st
         for before, after in itertools.pairwise(steps):
             common = [pulled(member, value) for member, value in zip(members, before, strict=True)]
             for member, old, new, own in zip(members, before, after, common, strict=True):
-                gradient = 2 * 0.3 * covered(member, own - np.mean(common, axis=0)) / member.gain**2
+                gradient = 2 * 0.3 * covered(member, own - np.mean(common, axis=0)) / member.scale**2
                 assert np.any(new != old)
                 np.testing.assert_allclose(new, old - 0.05 * gradient, rtol=1e-5, atol=1e-6)
                 free = covered(member, np.ones_like(own)) == 0
@@ -274,7 +274,7 @@ def test_soft_ties_pull_through_views_by_the_gradient_of_the_penalty_in_every_st
 
 def test_partial_ties_pull_through_views_by_their_rate_in_every_step():
     for members, steps in values_under(Equal(rate=0.25)):
-        squares = [member.gain**2 for member in members]
+        squares = [member.scale**2 for member in members]
         start = [pulled(member, value) for member, value in zip(members, steps[0], strict=True)]
         mean = np.average(start, axis=0, weights=squares)
         for i, after in enumerate(steps):

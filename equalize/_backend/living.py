@@ -31,9 +31,9 @@ def models_holding(variables: Iterable[keras.Variable]) -> list[keras.Model]:
 
 
 def retrace(variables: Iterable[keras.Variable]) -> None:
-    """Makes the models that hold one of the variables trace their functions anew, also while they train.
+    """Makes the models that hold one of the variables retrace their functions, also while they train.
 
-    Those that were traced before go on with the variables, rules and numbers of that time, without a word.
+    Those that were traced before silently keep the variables, rules and numbers of that time.
 
     Args:
         variables: Variables that have changed their rule or their layers.

@@ -6,7 +6,7 @@ import keras
 
 
 def from_outside_in(optimizer: Any) -> list[Any]:
-    """An optimizer and those inside it; empty for what is no Keras optimizer."""
+    """An optimizer and those inside it; empty for what is not a Keras optimizer."""
     nested = [optimizer]
     while hasattr(nested[-1], "inner_optimizer"):
         nested.append(nested[-1].inner_optimizer)

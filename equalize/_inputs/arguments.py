@@ -1,4 +1,4 @@
-"""What users give: numbers, integers, names, choices, functions, variables and paths, checked at the door."""
+"""What users give: numbers, integers, names, choices, functions, variables and paths, checked before use."""
 
 import math
 import numbers
@@ -35,7 +35,7 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
     """A real number within its range.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not a number.
         EqualizeError: It is not finite, or out of range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -65,7 +65,7 @@ def integer(name: str, value: Any, *, low: int = -(2**31)) -> int:
     """One integer, at least `low`.
 
     Raises:
-        TypeError: It is no integer, or there are several.
+        TypeError: It is not an integer, or there are several.
         EqualizeError: It is too small, or has more than 32 bits.
     """
     return _integers(name, value, "an integer", several=False, low=low)[0]
@@ -105,7 +105,7 @@ def text(name: str, value: Any, meaning: str) -> str:
     """A string that is not blank.
 
     Raises:
-        TypeError: It is no string.
+        TypeError: It is not a string.
         EqualizeError: It is blank.
     """
     if not isinstance(value, str):
@@ -157,8 +157,8 @@ def picture(name: str, value: Any) -> str:
     """The file that a picture is written to.
 
     Raises:
-        TypeError: It is no path.
-        EqualizeError: Its suffix is none of a picture, or its folder does not exist.
+        TypeError: It is not a path.
+        EqualizeError: Its suffix is not one of a picture, or its folder does not exist.
     """
     try:
         path, problem = os.fspath(value), None

@@ -185,5 +185,5 @@ def _weight_of(member: dict[str, Any]) -> float:
 
 def _damaged(expected: str, value: Any) -> EqualizeError:
     return EqualizeError(
-        f"This is no config of a registry: expected {expected}; received {received(value)}. {_UNCHANGED}"
+        f"This is not the config of a registry: expected {expected}; received {received(value)}. {_UNCHANGED}"
     )

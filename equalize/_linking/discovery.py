@@ -187,7 +187,7 @@ def weights_of(model: Any) -> list[keras.Variable]:
 
     Raises:
         NotLinkedError: It is not built.
-        TypeError: It is no model.
+        TypeError: It is not a model.
     """
     if not isinstance(model, keras.Layer):
         raise TypeError(

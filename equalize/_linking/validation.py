@@ -111,7 +111,7 @@ def require_equal(group: Group) -> None:
 
 
 def require_equal_if_known(group: Group) -> None:
-    """Raises as `require_equal`, where the values can be had; while a step is traced they may not."""
+    """Raises as `require_equal`, where the values are available; while a step is traced they may not be."""
     if all(backend.concrete(member.variable) is not None for member in group.members):
         with backend.eagerly():
             require_equal(group)
@@ -135,7 +135,7 @@ def _require_distinct(name: str, members: Sequence[Member]) -> None:
 
 def _require_weights(name: str, members: Sequence[Member]) -> None:
     """Raises unless the weights, each times the square of what its view stretches by, make a mean in float64."""
-    weights = [member.weight * member.gain**2 for member in members]
+    weights = [member.weight * member.scale**2 for member in members]
     if not math.isfinite(sum(weights)) or min(weights) == 0.0:
         raise GroupMismatchError(
             f"Cannot tie group '{name}': expected weights of the members whose mean can be computed; received "

@@ -77,7 +77,7 @@ def _signed_permutations(views: tuple[View, ...], shape: tuple[int, ...]) -> lis
     for view in views:
         if view.common_shape(shape) != shape:
             raise EqualizeError(
-                f"The view {view!r} takes a variable of shape {shape} to another shape, so it is no symmetry of it. "
+                f"The view {view!r} takes a variable of shape {shape} to another shape, so it is not a symmetry of it. "
                 "Expected: views that keep the shape."
             )
         with backend.eagerly():  # the first to ask may be a step that is being traced
@@ -95,7 +95,7 @@ def _signed_permutations(views: tuple[View, ...], shape: tuple[int, ...]) -> lis
             product = (probe[source] * sign)[other] * other_sign
             if product.astype("float32").tobytes() not in found:
                 raise EqualizeError(
-                    f"The views {list(views)} do not form a group: {first!r} followed by {second!r} is none of them. "
-                    "Expected: with any two views also the one that they make together. Add it."
+                    f"The views {list(views)} do not form a group: {first!r} followed by {second!r} is not one of "
+                    "them. Expected: with any two views also the one that they make together. Add it."
                 )
     return maps

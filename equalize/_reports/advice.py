@@ -60,9 +60,9 @@ def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_si
     """What the data say about each group, by the loss without the penalties on weights.
 
     Raises:
-        EqualizeError: The model is not compiled, a member is none of its variables, the data do not fit together, or
+        EqualizeError: The model is not compiled, a member is not one of its variables, the data do not fit together, or
             the loss cannot be computed.
-        TypeError: The model is none.
+        TypeError: `model` is not a Keras model.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a Keras model. Received: {received(model)}.")
@@ -86,7 +86,7 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
         found = backend.gradients(_loss_of(model, *batch), [member.variable for member in moving])
         for i, gradient in enumerate(found):
             if gradient is not None:
-                pulled = backend.array(moving[i].pull_gradient(gradient)).astype("float64")
+                pulled = backend.array(moving[i].adjoint(gradient)).astype("float64")
                 sums[i] = sums[i] + size * pulled
         step()
     losses = {FRACTIONS[0]: loss}
@@ -165,8 +165,8 @@ def _require_members(groups: Sequence[Group], model: keras.Model) -> None:
         for member in group.members:
             if not member.constant and id(member.variable) not in own:
                 raise EqualizeError(
-                    f"`advise` cannot judge group '{group.name}' by '{model.name}': its member {member} is no variable "
-                    "of that model. Expected: a model that all members belong to, or the names of groups that it has."
+                    f"`advise` cannot judge group '{group.name}' by '{model.name}': its member {member} is not a "
+                    "variable of that model. Expected: a model that all members belong to, or the names of groups that it has."
                 )
 
 
@@ -202,7 +202,7 @@ def _moved(group: Group, fraction: float) -> Iterator[bool]:
     with _kept([member.variable for member in moving]):
         common = group.value
         for member in moving:
-            value = means.relax(backend.read(member.variable), member.show(common), fraction)
+            value = means.relax(backend.read(member.variable), member.apply(common), fraction)
             member.variable.assign(backend.own_copy(value))
         yield True
 

@@ -137,7 +137,7 @@ def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
 
 
 def _lost(groups: Iterable[Group]) -> Iterator[Finding]:
-    """Variables that layers no longer have. The group goes on without them."""
+    """Variables that layers no longer have. The group continues without them."""
     for group in groups:
         if group.lost:
             listed = ", ".join(f"'{path}'" for path in group.lost)
@@ -145,7 +145,7 @@ def _lost(groups: Iterable[Group]) -> Iterator[Finding]:
                 "lost",
                 group.name,
                 f"the group has lost {listed}, and ties {counted(len(group.members), 'member')} now.",
-                "Building a layer anew and quantization make new variables: tie those with `registry.tie`. If a model "
+                "Rebuilding a layer and quantization make new variables: tie those with `registry.tie`. If a model "
                 "was deleted, there is nothing to do.",
             )
 

@@ -30,7 +30,7 @@ def plot_groups(groups: Sequence[Group], path: str | os.PathLike[str]) -> None:
         path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         EqualizeError: There is no group, or the path is not that of a picture.
         ImportError: matplotlib is not installed.
     """
@@ -62,7 +62,7 @@ def plot_spread(history: Mapping[str, Sequence[float]], path: str | os.PathLike[
         path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         EqualizeError: No epoch has ended, or the path is not that of a picture.
         ImportError: matplotlib is not installed.
     """

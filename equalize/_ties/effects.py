@@ -26,7 +26,7 @@ class Through(keras.constraints.Constraint):
         self.__name__ = name_of(inner)
 
     def __call__(self, common: Tensor) -> Tensor:
-        return self.view.pull(self.inner(self.view.forward(common)))
+        return self.view.least_squares(self.inner(self.view.forward(common)))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Effect:
             try:
                 result = self.function(value)
                 if self.view is not None and tuple(result.shape) == tuple(value.shape):
-                    result = self.view.pull(result)
+                    result = self.view.least_squares(result)
                 return ops.convert_to_numpy(ops.cast(result, "float32"))
             except Exception as error:  # whatever a user's own function raises
                 return repr(error)

@@ -164,7 +164,7 @@ class Group:
         """The rule as it computes with the members: it knows the constraint inside, their weights and the anchors."""
         known: dict[str, Any] = {
             "inner": self.inner,
-            "weights": tuple(member.weight * member.gain**2 for member in members),
+            "weights": tuple(member.weight * member.scale**2 for member in members),
             "fixed": tuple(member.anchor for member in members),
         }
         if self._strength is not None and not self.hard:
@@ -174,11 +174,11 @@ class Group:
     def spread(self) -> float:
         """The largest entry of max − min over the members as their views pull them back.
 
-        For a `GroupConstraint` of one's own: the largest change of an entry by its projection.
+        For a custom `GroupConstraint`: the largest change of an entry by its projection.
 
         Returns:
             0.0 where the members are equal: where each shows, bit for bit, what one common value would give it; or
-            where a projection of one's own changes no entry by more than rounding, 8 units in the last place of the
+            where a custom projection changes no entry by more than rounding, 8 units in the last place of the
             largest. Infinite where one member alone is not a number.
         """
         members = self.members
@@ -210,7 +210,7 @@ class Group:
         members = self.members
         self._require_reach(members)
         values = {
-            member: member.show(value)
+            member: member.apply(value)
             for member, value in zip(members, self.projected(members), strict=True)
             if not member.anchor
         }
@@ -229,7 +229,7 @@ class Group:
 
         Raises:
             GroupMismatchError: Two anchors differ.
-            EqualizeError: A rule of one's own returns something else.
+            EqualizeError: A custom rule returns something else.
         """
         self._require_values(members)
         if self.rule.one_value:
@@ -249,13 +249,13 @@ class Group:
     def _pulled(self, members: Sequence[Member]) -> list[Tensor]:
         """What each member says of the common value; what views rounded is told from what differs."""
         anchor = next((member for member in members if member.anchor), None) if self.rule.one_value else None
-        held = None if anchor is None else anchor.pull(self._anchored_value(anchor))
+        held = None if anchor is None else anchor.least_squares(self._anchored_value(anchor))
         values = []
         for member in members:
             if member.anchor:
-                values.append(member.pull(self._anchored_value(member)) if held is None else held)
+                values.append(member.least_squares(self._anchored_value(member)) if held is None else held)
             else:
-                values.append(member.pull(backend.read(member.variable)))
+                values.append(member.least_squares(backend.read(member.variable)))
         if all(member.lossless for member in members):
             return values
         base = values[_gentlest(members)] if held is None else held
@@ -283,18 +283,18 @@ class Group:
         members = self.members
         self._require_reach(members)
         written = backend.read(leader.variable)
-        value = backend.computed_once(leader.pull(written))
+        value = backend.computed_once(leader.least_squares(written))
         for member in members:
             if not member.anchor and (member is not leader or value is not written):
-                member.variable.assign(backend.own_copy(member.show(value)))
+                member.variable.assign(backend.own_copy(member.apply(value)))
 
     def _constrained(self, member: Member) -> Tensor:
         """A member's value, with the common value that it shows as the inner constraint wants it."""
         value = backend.read(member.variable)
         if self.inner is None:
             return value
-        common = member.pull(value)
-        return member.show(ops.cast(self.inner(common), common.dtype))
+        common = member.least_squares(value)
+        return member.apply(ops.cast(self.inner(common), common.dtype))
 
     def share(self, member: Member, x: Tensor) -> Tensor:
         """The share of a member, whose value is `x`, in the group's penalty."""
@@ -313,7 +313,7 @@ class Group:
         members = self.members
         self._require_values(members)
         values = [member.read() if member.anchor else backend.tensor(member.variable) for member in members]
-        pulled = [means.widen(member.pull(value)) for member, value in zip(members, values, strict=True)]
+        pulled = [means.widen(member.least_squares(value)) for member, value in zip(members, values, strict=True)]
         return scaled(self._computing_rule(members), self._factor, pulled)
 
     @property
@@ -326,7 +326,7 @@ class Group:
     def sync(self, method: str) -> None:
         """Makes the members equal: to the anchors, else to the first of them or to their mean.
 
-        The members of a `GroupConstraint` of one's own are projected. What is equal stays as it is: an inner constraint
+        The members of a custom `GroupConstraint` are projected. What is equal stays as it is: an inner constraint
         such as `MaxNorm` changes its own result in the last bit.
         """
         members = self.members
@@ -342,7 +342,7 @@ class Group:
         value = self._common_value(members)
         for member in members:
             if not member.anchor:
-                member.variable.assign(backend.own_copy(member.show(value)))
+                member.variable.assign(backend.own_copy(member.apply(value)))
 
     def require_anchors_agree(self) -> None:
         """Raises `GroupMismatchError` where two anchors differ that cannot, as far as their values are available."""
@@ -355,8 +355,8 @@ class Group:
         anchor = next((member for member in members if member.anchor), None)
         if anchor is not None:
             require_anchors_agree(self.name, members)
-            return anchor.pull(self._anchored_value(anchor))
-        mean = means.mean(self._pulled(members), tuple(member.weight * member.gain**2 for member in members))
+            return anchor.least_squares(self._anchored_value(anchor))
+        mean = means.mean(self._pulled(members), tuple(member.weight * member.scale**2 for member in members))
         inner = self.inner if self.projects else None
         return mean if inner is None else ops.cast(inner(mean), mean.dtype)
 
@@ -469,7 +469,7 @@ def require_anchors_agree(name: str, members: Sequence[Member]) -> None:
 
 def _gentlest(members: Sequence[Member]) -> int:
     """The index of the member whose view stretches least, by the size of its exponent."""
-    return min(range(len(members)), key=lambda i: abs(math.log2(members[i].gain)))
+    return min(range(len(members)), key=lambda i: abs(math.log2(members[i].scale)))
 
 
 def _show(members: Sequence[Member], common: Tensor) -> Tensor:
@@ -477,8 +477,8 @@ def _show(members: Sequence[Member], common: Tensor) -> Tensor:
     same = []
     for member in members:
         value = backend.read(member.variable)
-        shown = ops.cast(member.show(common) == value, "float32")
-        same.append(member.pull(shown) != 0.0)
+        shown = ops.cast(member.apply(common) == value, "float32")
+        same.append(member.least_squares(shown) != 0.0)
     return ops.all(ops.stack(same), axis=0)
 
 
@@ -492,4 +492,4 @@ def _pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
     if member.view is None:
         return value
     with backend.eagerly():  # widened, since TensorFlow cannot give a scalar in half precision back
-        return ops.convert_to_numpy(means.widen(member.pull(ops.convert_to_tensor(value)))).astype(value.dtype)
+        return ops.convert_to_numpy(means.widen(member.least_squares(ops.convert_to_tensor(value)))).astype(value.dtype)

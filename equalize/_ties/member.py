@@ -60,7 +60,7 @@ class Member:
         if variable is None:
             raise EqualizeError(
                 f"The variable '{self.path}' no longer exists: its model has been deleted. Expected: a member of a "
-                "model that is kept. Read members anew from the registry, `registry[name].members`: it lists those "
+                "model that is kept. Read the members again from the registry, `registry[name].members`: it lists those "
                 "that exist."
             )
         return variable
@@ -101,20 +101,20 @@ class Member:
         return shape if self.view is None else self.view.common_shape(shape)
 
     @property
-    def gain(self) -> float:
+    def scale(self) -> float:
         """The factor by which the view stretches the common value."""
-        return 1.0 if self.view is None else self.view.gain
+        return 1.0 if self.view is None else self.view.scale
 
     @property
     def lossless(self) -> bool:
         """Whether the view loses no bit. A multiple may round, also by a power of two: the smallest numbers."""
-        return self.gain == 1.0
+        return self.scale == 1.0
 
-    def pull(self, w: Tensor) -> Tensor:
+    def least_squares(self, w: Tensor) -> Tensor:
         """The common value as the member's value `w` alone shows it."""
-        return w if self.view is None else self.view.pull(w)
+        return w if self.view is None else self.view.least_squares(w)
 
-    def show(self, common: Tensor) -> Tensor:
+    def apply(self, common: Tensor) -> Tensor:
         """What the member becomes for a common value; what its view does not cover stays."""
         return common if self.view is None else self.view.forward(common, backend.read(self.variable))
 
@@ -123,16 +123,16 @@ class Member:
         """Whether the view covers every entry of the variable, so that none of it is free."""
         return math.prod(self.common_shape) == math.prod(self.variable.shape)
 
-    def pull_gradient(self, gradient: Tensor) -> Tensor:
+    def adjoint(self, gradient: Tensor) -> Tensor:
         """The gradient with respect to the common value, from that of the member."""
         return gradient if self.view is None else self.view.adjoint(backend.tensor(gradient))
 
-    def show_gradient(self, gradient: Tensor, own: Tensor | None) -> Tensor:
+    def apply_gradient(self, gradient: Tensor, own: Tensor | None) -> Tensor:
         """The gradient of the member in the common value's place; what its view does not cover keeps its own."""
         if self.view is None:
             return gradient
         own = ops.zeros(self.variable.shape, gradient.dtype) if own is None else own
-        return self.view.forward(gradient / self.gain**2, own)
+        return self.view.forward(gradient / self.scale**2, own)
 
     def __str__(self) -> str:
         variable = self.variable

@@ -43,11 +43,11 @@ class SharedUpdate:
             if self.leader is None or gradients.keys().isdisjoint(self.moving):
                 return {}
             return {self.leader: None}
-        total = backend.add_gradients([self.moving[index].pull_gradient(gradient) for index, gradient in given.items()])
+        total = backend.add_gradients([self.moving[index].adjoint(gradient) for index, gradient in given.items()])
         if reduction == "mean":
             total = backend.scale_gradient(total, 1.0 / len(self.moving))
         return {
-            index: self.moving[index].show_gradient(
+            index: self.moving[index].apply_gradient(
                 total if index == self.leader else ops.zeros_like(total), given.get(index)
             )
             for index in self.updated

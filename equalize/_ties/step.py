@@ -56,7 +56,7 @@ class Penalty:
 
     def __init__(self, rule: Rule, factor: float | Tensor, members: Sequence[Member]):
         stored = [backend.read(member.variable) for member in members]
-        values = [ops.stop_gradient(means.widen(member.pull(member.read()))) for member in members]
+        values = [ops.stop_gradient(means.widen(member.least_squares(member.read()))) for member in members]
         total, gradients = backend.value_and_gradients(lambda values: scaled(rule, factor, values), values)
         self._open = {member for member in members if not member.anchor}
         self._share = total / max(len(self._open), 1)
@@ -74,7 +74,7 @@ class Penalty:
         if member not in self._open or not unchanged:
             return None
         self._open.discard(member)
-        return backend.with_gradients(self._share, [means.widen(member.pull(x))], [self._gradients[member]])
+        return backend.with_gradients(self._share, [means.widen(member.least_squares(x))], [self._gradients[member]])
 
 
 def scaled(rule: Rule, factor: float | Tensor, values: Sequence[Tensor]) -> Tensor:

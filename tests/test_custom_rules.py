@@ -1,4 +1,4 @@
-"""Rules of one's own: the recipes of the README, on `GroupConstraint` and `GroupRegularizer`."""
+"""Custom rules: the recipes of the README, on `GroupConstraint` and `GroupRegularizer`."""
 
 import itertools
 
@@ -210,7 +210,7 @@ def test_members_of_unlike_shapes_need_a_rule_that_says_so():
     assert registry.diagnose() == []
 
 
-def test_a_penalty_of_ones_own_pulls_with_its_gradient_and_is_counted_once(tmp_path):
+def test_a_custom_penalty_pulls_with_its_gradient_and_is_counted_once(tmp_path):
     layer = keras.layers.Dense(2)
     layer.build((None, 3))
     model = keras.Sequential([keras.Input((3,)), layer])
