@@ -5,8 +5,8 @@ several views in a row.
 
 A view V maps the common value c to what the member shows, w = V(c): a transposed copy, a flipped one, a multiple, a
 part. Each is a multiple of an isometry, Vᵀ·V = scale² · identity, so the best common value seen from one member alone
-is `least_squares(w) = Vᵀ(w) / scale²`, and the least-squares one of a group, argmin over c of Σ weight_i · ‖w_i − V_i(c)‖², is
-the mean of the pulled-back members with the weights `weight_i · scale_i²`.
+is `least_squares(w) = Vᵀ(w) / scale²`. That of a group, argmin over c of Σ weight_i · ‖w_i − V_i(c)‖², is the mean of
+these with the weights `weight_i · scale_i²`.
 """
 
 import math

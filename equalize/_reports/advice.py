@@ -166,7 +166,8 @@ def _require_members(groups: Sequence[Group], model: keras.Model) -> None:
             if not member.constant and id(member.variable) not in own:
                 raise EqualizeError(
                     f"`advise` cannot judge group '{group.name}' by '{model.name}': its member {member} is not a "
-                    "variable of that model. Expected: a model that all members belong to, or the names of groups that it has."
+                    "variable of that model. Expected: a model that all members belong to, or the names of groups that "
+                    "it has."
                 )
 
 

@@ -60,8 +60,8 @@ class Member:
         if variable is None:
             raise EqualizeError(
                 f"The variable '{self.path}' no longer exists: its model has been deleted. Expected: a member of a "
-                "model that is kept. Read the members again from the registry, `registry[name].members`: it lists those "
-                "that exist."
+                "model that is kept. Read the members again from the registry, `registry[name].members`: it lists "
+                "those that exist."
             )
         return variable
 
