@@ -78,7 +78,7 @@ class GroupConstraint(rules.Rule, keras.constraints.Constraint):
         return True
 
     @abc.abstractmethod
-    def project(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def project(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """What an optimizer step is followed by.
 
         Args:
@@ -173,7 +173,7 @@ class Equal(GroupConstraint):
     def checked_strength(self, strength: Any) -> float:
         return arguments.number("rate", strength, low=0.0, high=1.0, low_open=True)
 
-    def project(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def project(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         if any(self.fixed):
             target = values[self.fixed.index(True)]
         else:

@@ -112,6 +112,15 @@ class OneForAll(GroupConstraint):
         return [values[0][0], values[1]]
 
 
+class OfUnlikeShapes(GroupConstraint):
+    """A custom rule for a kernel and its bias."""
+
+    same_shape = False
+
+    def project(self, values):
+        return values
+
+
 class Nothing(GroupConstraint):
     """Another, which returns nothing."""
 
@@ -543,7 +552,7 @@ def symmetry_of_too_much():
 
 @message(
     """
-    The view Transpose(axes=None) takes a variable of shape (4, 3) to another shape, so it is no
+    The view Transpose(axes=None) takes a variable of shape (4, 3) to another shape, so it is not a
     symmetry of it. Expected: views that keep the shape.
     """
 )
@@ -564,8 +573,8 @@ def symmetry_that_changes_values():
 @message(
     """
     The views [Rotate90(k=1, axes=[0, 1])] do not form a group: Rotate90(k=1, axes=[0, 1]) followed by
-    Rotate90(k=1, axes=[0, 1]) is not one of them. Expected: with any two views also the one that they make
-    together. Add it.
+    Rotate90(k=1, axes=[0, 1]) is not one of them. Expected: with any two views also the one that they
+    make together. Add it.
     """
 )
 def views_that_form_no_group():
@@ -1269,6 +1278,19 @@ def rule_that_is_changed():
 
 @message(
     """
+    Group 'joint' has no common value: its rule OfUnlikeShapes() takes members of unlike shapes.
+    Expected: a group of members of one shape. Read them one by one, from `group.members`.
+    """
+)
+def common_value_of_unlike_shapes():
+    kernel, bias = variable((2, 2), "kernel"), variable((2,), "bias")
+    registry = equalize.GroupRegistry()
+    registry.tie("joint", [kernel, bias], OfUnlikeShapes())
+    _ = registry["joint"].value
+
+
+@message(
+    """
     `project` of OneForAll must return a list of tensors, one for each of the 2 members of group 'pair',
     of shapes [(4, 3), (4, 3)]. Received: shapes [(3,), (4, 3)].
     """
@@ -1294,7 +1316,8 @@ def projection_to_no_list():
 @message(
     """
     The variable 'one' no longer exists: its model has been deleted. Expected: a member of a model that
-    is kept. Read the members again from the registry, `registry[name].members`: it lists those that exist.
+    is kept. Read the members again from the registry, `registry[name].members`: it lists those that
+    exist.
     """
 )
 def member_of_a_deleted_model():
@@ -1377,8 +1400,8 @@ def values_that_are_in_the_compiled_step():
 
 @message(
     """
-    This is not the config of a registry: expected a dictionary with one entry 'groups', a list; received
-    {'groups': 3} of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
+    This is not the config of a registry: expected a dictionary with one entry 'groups', a list;
+    received {'groups': 3} of type <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_of_something_else():
@@ -1400,8 +1423,8 @@ def config_of_half_a_group():
 
 @message(
     """
-    This is not the config of a registry: expected at least two members in group 'pair'; received [{'view':
-    None, 'weight': 1.0, 'path': 'left/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places':
+    This is not the config of a registry: expected at least two members in group 'pair'; received
+    [{'view': None, 'weight': 1.0, 'path': 'left/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places':
     [['63f71ab85682d262', 0, 'vars/0']]}] of type <class 'list'>. Use what `registry.get_config()`
     returned, unchanged.
     """
@@ -1541,8 +1564,8 @@ def config_whose_place_and_path_contradict_each_other():
 
 @message(
     """
-    This is not the config of a registry: expected a name of its own for each group; received 'pair' of type
-    <class 'str'>. Use what `registry.get_config()` returned, unchanged.
+    This is not the config of a registry: expected a name of its own for each group; received 'pair' of
+    type <class 'str'>. Use what `registry.get_config()` returned, unchanged.
     """
 )
 def config_with_one_name_twice():
@@ -2028,7 +2051,7 @@ def advice_from_different_numbers_of_samples():
 
 @message(
     """
-    `advise` cannot judge group 'pair' by 'model': its member 'left/kernel' (4, 3) float32 is no
+    `advise` cannot judge group 'pair' by 'model': its member 'left/kernel' (4, 3) float32 is not a
     variable of that model. Expected: a model that all members belong to, or the names of groups that it
     has.
     """

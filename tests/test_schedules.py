@@ -161,7 +161,7 @@ def test_a_matrix_of_factors_is_refused():
     model, registry = apart(PairwiseL2(factor=[[0.0, 1.0], [1.0, 0.0]]))
     callback = FactorSchedule(registry, "towers", float)
     callback.set_model(model)
-    with pytest.raises(EqualizeError, match="expected a number, received a matrix"):
+    with pytest.raises(EqualizeError, match="expected a rule with a number for it"):
         callback.on_train_begin()
 
 

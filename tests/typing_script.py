@@ -1,14 +1,17 @@
 """A user's script with every public name, which `pyright` checks in strict mode; see test_typing.py."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 
 import equalize
 from equalize.callbacks import FactorSchedule, TieMonitor
-from equalize.constraints import Equal, Invariant
+from equalize.constraints import Equal, GroupConstraint, Invariant
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
-from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
+from equalize.regularizers import ChainL2, GroupRegularizer, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose, View
 
 
@@ -23,6 +26,21 @@ def rules() -> list[Equal | MeanL2 | PairwiseL2 | PairwiseNorm | PairwiseL1 | Ch
         ChainL2(factor=0.1, inner="l2"),
         TraceNorm(factor=0.1, view=Transpose()),
     ]
+
+
+class SumToZero(GroupConstraint):
+    def project(self, values: Sequence[Any]) -> list[Any]:
+        mean = sum(values) / len(values)
+        return [value - mean for value in values]
+
+
+class Energy(GroupRegularizer):
+    def penalty(self, values: Sequence[Any]) -> Any:
+        return sum((value**2).sum() for value in values)
+
+
+def custom() -> list[SumToZero | Energy]:
+    return [SumToZero("towers", view=Flip(0)), Energy("towers", 0.5)]
 
 
 def symmetric() -> Invariant:

@@ -201,7 +201,7 @@ def _require_projectable(name: str, members: Sequence[Member], rule: Rule, inner
         require_anchors_agree(name, members)
     if inner is None:
         return
-    common = members[0].pull(backend.read(members[0].variable))
+    common = members[0].least_squares(backend.read(members[0].variable))
     problem = None
     try:
         shape = tuple(inner(common).shape)
