@@ -22,7 +22,7 @@ from equalize._inputs.arguments import received
 from equalize._reports import plots
 from equalize._reports.invariance import asymmetry, has_invariant
 from equalize._ties.bound import Bound
-from equalize._ties.group import Group
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
@@ -314,7 +314,7 @@ class FactorSchedule(keras.callbacks.Callback):
         numbers = [group.rule.checked_strength(value) for group in groups]
         self._retrace([group for group, number in zip(groups, numbers, strict=True) if group.adjust(number)])
 
-    def _groups(self) -> list[Group]:
+    def _groups(self) -> list[TiedGroup]:
         """The groups, each with a number to change."""
         groups = self.registry.select(self.names)
         for group in groups:
@@ -325,7 +325,7 @@ class FactorSchedule(keras.callbacks.Callback):
                 )
         return groups
 
-    def _retrace(self, groups: Sequence[Group]) -> None:
+    def _retrace(self, groups: Sequence[TiedGroup]) -> None:
         """Has the steps of all models that hold a member retraced, also of those that are trained elsewhere."""
         if groups:
             living.retrace(member.variable for group in groups for member in group.members)

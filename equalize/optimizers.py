@@ -12,8 +12,8 @@ from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import validation
 from equalize._ties.bound import group_of, ties_on
-from equalize._ties.group import Group
 from equalize._ties.shared_update import SharedUpdate, shared_updates, underway, updated_indices
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.registry import GroupRegistry, checked_registry
 
@@ -214,7 +214,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 self._problem = error
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[TiedGroup]:
         """The hard groups that are updated as one variable each."""
         return [update.group for update in self._updates(self._trained)]
 

@@ -22,8 +22,8 @@ from equalize._reports import plots, summary
 from equalize._reports.advice import Advice, advise
 from equalize._reports.diagnosis import EQUALIZE, Finding, findings
 from equalize._ties.bound import detach
-from equalize._ties.group import Group
 from equalize._ties.rules import Rule
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, TieBrokenError
 
 __all__ = ["Advice", "Finding", "GroupRegistry"]
@@ -32,7 +32,7 @@ _INITIAL = ("first", "mean", "strict")
 
 
 @keras.saving.register_keras_serializable(package="equalize")
-class GroupRegistry(Mapping[str, Group]):
+class GroupRegistry(Mapping[str, TiedGroup]):
     """Links the variables of a model into groups that are kept equal, or close, while the model trains.
 
     A constraint or a regularizer is called for one variable and knows of no other. The registry is where the others
@@ -57,7 +57,7 @@ class GroupRegistry(Mapping[str, Group]):
     """
 
     def __init__(self) -> None:
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, TiedGroup] = {}
         self._pending: list[dict[str, Any]] = []
         self._models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.monitors: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -95,8 +95,8 @@ class GroupRegistry(Mapping[str, Group]):
         found = discovery.find_groups(models, ruleless=bool(restored))
         known = dict(self)
         new: list[planning.Plan] = []
-        adopted: dict[str, Group] = {}
-        outgrown: list[Group] = []
+        adopted: dict[str, TiedGroup] = {}
+        outgrown: list[TiedGroup] = []
         for name, entries in found.items():
             existing = discovery.existing_group(name, entries, known.get(name))
             if existing is not None and all(group is existing for _, _, group in entries):
@@ -118,7 +118,9 @@ class GroupRegistry(Mapping[str, Group]):
         retrace(_variables(plan.group for plan in plans))
         return self
 
-    def tie(self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first") -> Group | list[Group]:
+    def tie(
+        self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first"
+    ) -> TiedGroup | list[TiedGroup]:
         """Ties variables, or layers weight by weight, that are already built.
 
         What is on a variable already remains in force: its constraint becomes the rule's `inner`, its regularizer is
@@ -269,7 +271,7 @@ class GroupRegistry(Mapping[str, Group]):
             if group.projects:
                 group.project()
 
-    def select(self, names: Sequence[str]) -> list[Group]:
+    def select(self, names: Sequence[str]) -> list[TiedGroup]:
         """The groups of these names, or those of a tie of layers that has the name; all without a name.
 
         Raises:
@@ -465,7 +467,7 @@ class GroupRegistry(Mapping[str, Group]):
     def __reduce__(self) -> tuple[Any, ...]:
         return GroupRegistry.from_config, (self.get_config(),)
 
-    def __getitem__(self, name: str) -> Group:
+    def __getitem__(self, name: str) -> TiedGroup:
         if name not in self:
             raise KeyError(_unknown(name, self))
         return self._groups[name]
@@ -480,7 +482,7 @@ class GroupRegistry(Mapping[str, Group]):
         group = self._groups.get(name)  # type: ignore[arg-type]
         return group is not None and any(not member.constant for member in group.members)
 
-    def _add(self, group: Group) -> Group:
+    def _add(self, group: TiedGroup) -> TiedGroup:
         self._groups[group.name] = group
         return group
 
@@ -497,7 +499,7 @@ def _require_printer(print_fn: Any) -> None:
         arguments.function("print_fn", print_fn, "of a text, or None")
 
 
-def _variables(groups: Iterable[Group]) -> list[keras.Variable]:
+def _variables(groups: Iterable[TiedGroup]) -> list[keras.Variable]:
     return [member.variable for group in groups for member in group.members]
 
 

@@ -272,7 +272,6 @@ def replace(w, name, rule):
 
 # How to call each public name, and arguments that are in order.
 CALLS = {
-    "Group": (equalize.Group, lambda w: {"name": "g", "members": list(w.registry["hard"].members), "rule": Equal()}),
     "GroupRegistry.replace": (replace, lambda w: {"name": "soft", "rule": MeanL2(factor=1.0)}),
     "GroupRegistry.link": (
         unpacked(lambda w: w.registry.link),
@@ -354,7 +353,6 @@ CALLS = {
 FUNCTIONS = {"print_fn", "schedule"}  # which users write, and whose errors are theirs
 
 # What equalize or Keras calls with objects of its own, and never a user.
-CALLED_BY_RULES = {"adjust", "adopt", "follow", "project", "projected", "rule", "share", "sync"}  # of a group
 CALLED_BY_GROUPS = {"adjoint", "apply", "apply_gradient", "least_squares"}  # of a member
 CALLED_BY_MEMBERS = {"adjoint", "common_shape", "forward", "least_squares"}  # of a view
 CALLED_BY_GROUP = {"checked_strength", "having", "penalty", "project", "subset"}  # of a rule
@@ -375,8 +373,7 @@ CALLED_BY_KERAS = {
 
 def called_by_others(kind, method):
     return (
-        (kind is equalize.Group and method in CALLED_BY_RULES)
-        or (kind is equalize.Member and method in CALLED_BY_GROUPS)
+        (kind is equalize.Member and method in CALLED_BY_GROUPS)
         or (issubclass(kind, View) and method in CALLED_BY_MEMBERS)
         or (issubclass(kind, Rule) and method in CALLED_BY_GROUP)
         or (issubclass(kind, optimizers.TiedOptimizer) and method in CALLED_BY_KERAS)
@@ -396,7 +393,7 @@ def public_names():
             things[name] = thing
     for name, thing in things.items():
         if inspect.isclass(thing) and not issubclass(thing, Exception):
-            if thing not in (View, equalize.GroupRegistry):  # the base of others, and one without arguments
+            if thing not in (View, equalize.Group, equalize.GroupRegistry):  # bases, and one without arguments
                 yield name
             for method, value in vars(thing).items():
                 value = getattr(value, "__func__", value)

@@ -17,9 +17,9 @@ import pytest
 from keras import ops
 
 import equalize
-from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
+from equalize._ties.tied_group import TiedGroup as Group
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2

@@ -32,7 +32,7 @@ FOLDER = pathlib.Path(equalize.__file__).parent
 CASES = {}
 
 # Places that only a step on JAX reaches, by file and function.
-ON_JAX = {("_ties/group.py", name) for name in ("_anchored_value", "_require_reach", "_require_values")}
+ON_JAX = {("_ties/tied_group.py", name) for name in ("_anchored_value", "_require_reach", "_require_values")}
 
 
 def message(pinned, *, on=BACKEND):
@@ -1144,26 +1144,6 @@ def refusing(value):
 )
 def inner_that_cannot_be_applied():
     equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(inner=refusing))
-
-
-@message(
-    """
-    `members` must be a list of `equalize.Member`s. Received: 'left, right' of type <class 'str'>.
-    """
-)
-def group_of_other_things():
-    equalize.Group("pair", "left, right", Equal())
-
-
-@message(
-    """
-    `rule` must be a constraint or regularizer of equalize, for instance `equalize.constraints.Equal()`.
-    Received: 'Equal' of type <class 'str'>.
-    """
-)
-def group_without_a_rule():
-    registry, _layers = tied()
-    equalize.Group("pair", registry["pair"].members, "Equal")
 
 
 @message(

@@ -201,6 +201,21 @@ def test_a_group_that_was_untied_takes_no_rule_and_no_rule_is_assigned():
     assert all(kernel.constraint is None for kernel in kernels(model))
 
 
+def test_the_rule_of_a_tie_of_layers_is_replaced_in_all_its_groups_or_in_none():
+    layers = [keras.layers.Dense(2, name=name) for name in ("one", "two")]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    registry = equalize.GroupRegistry()
+    registry.tie("layers", layers, MeanL2())
+    registry.replace("layers", Equal(rate=0.5))
+    assert [group.rule.describe() for group in registry.values()] == ["Equal(rate=0.5)"] * 2
+    registry.replace("layers", MeanL2())
+    registry.tie("other", [layer.bias for layer in layers], Equal(rate=0.5))
+    with pytest.raises(GroupMismatchError, match="belongs to group 'other' already"):
+        registry.replace("layers", Equal())
+    assert [registry[name].rule.describe() for name in ("layers/kernel", "layers/bias")] == ["MeanL2(factor=0.01)"] * 2
+    assert all(layer.kernel.constraint is None for layer in model.layers)
+
+
 def test_a_matrix_counts_the_members_that_are_left():
     layers = [keras.layers.Dense(2) for _ in range(4)]
     for i, layer in enumerate(layers):

@@ -14,16 +14,16 @@ from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import discovery, places
 from equalize._ties import rules
-from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError
 
 _UNCHANGED = "Use what `registry.get_config()` returned, unchanged."
 _GROUP_KEYS = {"name", "rule", "members"}
 
 
-def group_configs(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def group_configs(groups: Sequence[TiedGroup]) -> list[dict[str, Any]]:
     """Groups as JSON-serializable data: their rules, and their members by place, or by value for constants.
 
     A group with fewer than two members left ties nothing and is left out.
@@ -34,7 +34,7 @@ def group_configs(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return [_group_config(group, dict(zip(members, found, strict=True))) for group in groups]
 
 
-def _group_config(group: Group, found: Mapping[int, places.Places]) -> dict[str, Any]:
+def _group_config(group: TiedGroup, found: Mapping[int, places.Places]) -> dict[str, Any]:
     members = []
     for member in group.members:
         entry: dict[str, Any] = {"view": rules.view_config(member.view), "weight": member.weight}

@@ -13,13 +13,13 @@ from equalize._inputs import arguments
 from equalize._inputs.arguments import received
 from equalize._linking import pairing, validation
 from equalize._ties.bound import group_of, rule_of, ties_on
-from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.views import View
 
-Entries: TypeAlias = "list[tuple[keras.Variable, Rule, Group | None]]"
+Entries: TypeAlias = "list[tuple[keras.Variable, Rule, TiedGroup | None]]"
 """The variables of a group, with the rule on each, and the group that it is bound to already."""
 
 
@@ -65,7 +65,7 @@ def find_groups(models: Sequence[keras.Layer], *, ruleless: bool = False) -> dic
     return found
 
 
-def existing_group(name: str, entries: Entries, known: Group | None) -> Group | None:
+def existing_group(name: str, entries: Entries, known: TiedGroup | None) -> TiedGroup | None:
     """The group that the entries belong to already, or that they extend; None where they found a new one.
 
     Raises:
@@ -227,7 +227,7 @@ def _lines(members: Sequence[Member]) -> str:
     return validation.listing(members).removeprefix("\nMembers:")
 
 
-def undeclare(groups: Sequence[Group]) -> None:
+def undeclare(groups: Sequence[TiedGroup]) -> None:
     """Takes the rules of groups that layers declare out of the layers, so that their configs are plain Keras's.
 
     A layer that only passes a rule on, as `MultiHeadAttention` does to the layers inside it, has it in its config, too.

@@ -5,13 +5,14 @@ from typing import Any
 
 from equalize._ties import bound, effects
 from equalize._ties.effects import described
-from equalize._ties.group import Group, pulled_arrays
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
+from equalize._ties.spread import pulled_arrays
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import GroupMismatchError
 
 
-def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: Group | None = None) -> list[Any]:
+def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: TiedGroup | None = None) -> list[Any]:
     """What a new rule finds on the variables and keeps as its `inner`, one entry a member.
 
     Args:
@@ -70,7 +71,7 @@ def _same(one: effects.Effect, other: effects.Effect, *members: Member) -> bool:
     return effects.same(one, other, list(pulled_arrays(members)))
 
 
-def _existing(member: Member, slot: str, besides: Group | None) -> Any:
+def _existing(member: Member, slot: str, besides: TiedGroup | None) -> Any:
     """What a variable has; a regularizer besides ties, since penalties add up, and a constraint without a group's."""
     existing = getattr(member.variable, slot)
     return bound.own(existing) if slot == "regularizer" else bound.without(existing, besides)

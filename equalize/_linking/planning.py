@@ -12,9 +12,9 @@ from equalize._backend import living, wrapping
 from equalize._linking import config, discovery, places, validation
 from equalize._linking.inner import common_inner, inner_for
 from equalize._ties import bound, effects
-from equalize._ties.group import Group, require_anchors_agree
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
+from equalize._ties.tied_group import TiedGroup, require_anchors_agree
 from equalize.errors import EqualizeError, GroupMismatchError
 
 
@@ -27,10 +27,10 @@ class Plan:
         inner: What the rule carries inside, for each member.
     """
 
-    group: Group
+    group: TiedGroup
     inner: list[Any]
 
-    def establish(self, initial: str) -> Group:
+    def establish(self, initial: str) -> TiedGroup:
         """Binds the members, and makes a hard group equal."""
         _attach(self.group, self.inner)
         if self.group.hard:
@@ -47,12 +47,12 @@ def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], i
     validation.require_company(name, members, names)
     validation.require_fit(name, members, rules, declared=True)
     inner = rules[0].inner if rules[0].slot == "constraint" else None
-    group = Group(name, members, rules[0], inner=inner, declared=True)
+    group = TiedGroup(name, members, rules[0], inner=inner, declared=True)
     _require_start(group, initial)
     return Plan(group, [rule.inner for rule in rules])
 
 
-def plan(groups: Mapping[str, Group], name: str, members: list[Member], rule: Rule, initial: str) -> Plan:
+def plan(groups: Mapping[str, TiedGroup], name: str, members: list[Member], rule: Rule, initial: str) -> Plan:
     """A group of members that a user named, beside the groups that there are."""
     if name in groups:
         raise GroupMismatchError(
@@ -65,12 +65,12 @@ def plan(groups: Mapping[str, Group], name: str, members: list[Member], rule: Ru
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(name, members)
     inner = inner_for(name, rule, members)
-    group = Group(name, members, rule, inner=common_inner(rule, members, inner))
+    group = TiedGroup(name, members, rule, inner=common_inner(rule, members, inner))
     _require_start(group, initial)
     return Plan(group, inner)
 
 
-def plan_replacement(group: Group, rule: Rule) -> Callable[[], None]:
+def plan_replacement(group: TiedGroup, rule: Rule) -> Callable[[], None]:
     """A group's change to another rule; its members, their views and weights, and the values stay.
 
     Returns:
@@ -102,7 +102,7 @@ def plan_replacement(group: Group, rule: Rule) -> Callable[[], None]:
     return apply
 
 
-def _attach(group: Group, inner: Sequence[Any]) -> None:
+def _attach(group: TiedGroup, inner: Sequence[Any]) -> None:
     for member, kept in zip(group.members, inner, strict=True):
         if not member.constant:
             bound.attach(group, member, kept)
@@ -110,7 +110,7 @@ def _attach(group: Group, inner: Sequence[Any]) -> None:
 
 
 def restore(
-    groups: Mapping[str, Group], pending: Sequence[dict[str, Any]], models: Sequence[Any], initial: str
+    groups: Mapping[str, TiedGroup], pending: Sequence[dict[str, Any]], models: Sequence[Any], initial: str
 ) -> list[Plan]:
     """The groups of a registry's config, for models."""
     if not pending:
@@ -187,7 +187,7 @@ def _has_trained(model: Any) -> bool:
         return any(int(ops.convert_to_numpy(optimizer.iterations)) > 0 for optimizer in optimizers)
 
 
-def _require_start(group: Group, initial: str) -> None:
+def _require_start(group: TiedGroup, initial: str) -> None:
     """What must hold of the values before a group is made."""
     if group.projects:
         _require_projectable(group.name, group.members, group.rule, group.inner)

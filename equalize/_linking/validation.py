@@ -10,9 +10,10 @@ from equalize import _backend as backend
 from equalize._inputs.arguments import counted
 from equalize._ties import effects
 from equalize._ties.bound import group_of, rule_of, ties_on
-from equalize._ties.group import Group, pulled_arrays, spread_of
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
+from equalize._ties.spread import pulled_arrays, spread_of
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import GroupMismatchError, TieBrokenError
 
 
@@ -81,7 +82,7 @@ def require_company(name: str, members: Sequence[Member], others: Iterable[str])
     )
 
 
-def require_no_other_hard_group(name: str, members: Sequence[Member], besides: Group | None = None) -> None:
+def require_no_other_hard_group(name: str, members: Sequence[Member], besides: TiedGroup | None = None) -> None:
     """Raises `GroupMismatchError` where a member is projected by another group already, leaving out `besides`."""
     for member in members:
         for tie in ties_on(member.variable):
@@ -94,7 +95,7 @@ def require_no_other_hard_group(name: str, members: Sequence[Member], besides: G
                 )
 
 
-def require_equal(group: Group) -> None:
+def require_equal(group: TiedGroup) -> None:
     """Raises `TieBrokenError` unless the members are equal, saying which differ and by how much."""
     if group.spread() == 0.0:
         return
@@ -110,7 +111,7 @@ def require_equal(group: Group) -> None:
     )
 
 
-def require_equal_if_known(group: Group) -> None:
+def require_equal_if_known(group: TiedGroup) -> None:
     """Raises as `require_equal`, where the values are available; while a step is traced they may not be."""
     if all(backend.concrete(member.variable) is not None for member in group.members):
         with backend.eagerly():

@@ -14,7 +14,8 @@ from equalize import _backend as backend
 from equalize._inputs.arguments import received
 from equalize._math import means
 from equalize._reports.progress import bar
-from equalize._ties.group import Group, pulled_arrays
+from equalize._ties.spread import pulled_arrays
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 1.0)
@@ -56,7 +57,7 @@ class Advice:
         return max(known, key=lambda fraction: (-known[fraction], fraction), default=0.0)
 
 
-def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_size: int) -> list[Advice]:
+def advise(groups: Sequence[TiedGroup], model: keras.Model, x: Any, y: Any, batch_size: int) -> list[Advice]:
     """What the data say about each group, by the loss without the penalties on weights.
 
     Raises:
@@ -79,7 +80,9 @@ def advise(groups: Sequence[Group], model: keras.Model, x: Any, y: Any, batch_si
         return [_advice(group, model, batches, loss, step) for group in groups]
 
 
-def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: float, step: Callable[[], None]) -> Advice:
+def _advice(
+    group: TiedGroup, model: keras.Model, batches: Sequence[Any], loss: float, step: Callable[[], None]
+) -> Advice:
     moving = [member for member in group.members if not member.anchor]
     sums: list[Any] = [0.0] * len(moving)
     for batch, size in batches:
@@ -96,7 +99,7 @@ def _advice(group: Group, model: keras.Model, batches: Sequence[Any], loss: floa
     return Advice(group.name, losses, _cosine(sums), _distance(group))
 
 
-def _distance(group: Group) -> float:
+def _distance(group: TiedGroup) -> float:
     values = [value.astype("float64") for value in pulled_arrays(group.members)]
     mean = sum(values) / len(values)
     size = sum(np.sum(value**2) for value in values)
@@ -159,7 +162,7 @@ def _samples(part: Any) -> int:
     return shape[0] if shape and isinstance(shape[0], int) else 0
 
 
-def _require_members(groups: Sequence[Group], model: keras.Model) -> None:
+def _require_members(groups: Sequence[TiedGroup], model: keras.Model) -> None:
     own = {id(variable) for variable in model.variables}
     for group in groups:
         for member in group.members:
@@ -192,7 +195,7 @@ def _as_it_is(model: keras.Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _moved(group: Group, fraction: float) -> Iterator[bool]:
+def _moved(group: TiedGroup, fraction: float) -> Iterator[bool]:
     """While open, the members have moved a part of the way to the common value; says whether there is one."""
     moving = [member for member in group.members if not member.anchor]
     try:

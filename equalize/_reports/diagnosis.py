@@ -11,8 +11,9 @@ from equalize._inputs.arguments import counted
 from equalize._reports.invariance import has_invariant
 from equalize._ties.bound import Bound, own, rule_of, ties_on
 from equalize._ties.effects import Effect, described, same
-from equalize._ties.group import Group, pulled_arrays
 from equalize._ties.rules import Rule
+from equalize._ties.spread import pulled_arrays
+from equalize._ties.tied_group import TiedGroup
 
 EQUALIZE = (
     'After averaging of weights (`use_ema`) call `registry.sync("mean")`, which is exact. After loading weights that '
@@ -53,7 +54,7 @@ class Finding:
 
 
 def findings(
-    groups: Sequence[Group], pending: Sequence[str], models: Sequence[keras.Model], *, monitored: bool
+    groups: Sequence[TiedGroup], pending: Sequence[str], models: Sequence[keras.Model], *, monitored: bool
 ) -> list[Finding]:
     """All findings about groups, and about the models that hold their members.
 
@@ -80,7 +81,7 @@ def findings(
     return list(dict.fromkeys(found))
 
 
-def _updated_as_one(optimizer: Any) -> list[Group]:
+def _updated_as_one(optimizer: Any) -> list[TiedGroup]:
     """The groups of a `TiedOptimizer`; before it is built, those that it will find."""
     if not hasattr(optimizer, "registry"):
         return []
@@ -109,7 +110,7 @@ def _pending(names: Iterable[str]) -> Iterator[Finding]:
         )
 
 
-def _regularized(groups: Iterable[Group]) -> Iterator[Finding]:
+def _regularized(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
     """Hard groups whose members have regularizers of their own that differ: a shared variable could have only one."""
     for group in groups:
         moving = [member for member in group.members if not member.anchor]
@@ -125,7 +126,7 @@ def _regularized(groups: Iterable[Group]) -> Iterator[Finding]:
             )
 
 
-def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
+def _unequal(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
     for group in groups:
         if group.hard and group.spread() != 0.0:
             yield Finding(
@@ -136,7 +137,7 @@ def _unequal(groups: Iterable[Group]) -> Iterator[Finding]:
             )
 
 
-def _lost(groups: Iterable[Group]) -> Iterator[Finding]:
+def _lost(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
     """Variables that layers no longer have. The group continues without them."""
     for group in groups:
         if group.lost:
@@ -211,7 +212,7 @@ def _under_lora(layer: keras.Layer) -> Iterator[Finding]:
         )
 
 
-def _about_optimizers(group: Group, trained: Sequence[tuple[Any, Any]], *, monitored: bool) -> Iterator[Finding]:
+def _about_optimizers(group: TiedGroup, trained: Sequence[tuple[Any, Any]], *, monitored: bool) -> Iterator[Finding]:
     """What optimizers do to a group whose members they update one by one."""
     if group.hard and not monitored and any(optimizer.use_ema for optimizer, _ in trained):
         yield Finding(
@@ -283,7 +284,7 @@ def _invariant(model: keras.Model, parts: Sequence[Sequence[Any]]) -> Iterator[F
             )
 
 
-def _out_of_reach(group: Group, optimizer: Any, moving: Sequence[keras.Variable]) -> Iterator[Finding]:
+def _out_of_reach(group: TiedGroup, optimizer: Any, moving: Sequence[keras.Variable]) -> Iterator[Finding]:
     """Members that the optimizer of a model does not carry on JAX, once it is built."""
     known = {id(variable) for variable in keras_private.updated_variables(optimizer)}
     inside = [id(variable) in known for variable in moving]

@@ -9,8 +9,9 @@ import numpy as np
 
 from equalize._inputs import arguments
 from equalize._reports.progress import bar
-from equalize._ties.group import Group, pulled_arrays
 from equalize._ties.member import Member
+from equalize._ties.spread import pulled_arrays
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError
 
 # Colors of Okabe and Ito, which people with any kind of color vision tell apart; markers differ as well.
@@ -22,7 +23,7 @@ _NAMED = 16
 """Up to so many members a heat map names each."""
 
 
-def plot_groups(groups: Sequence[Group], path: str | os.PathLike[str]) -> None:
+def plot_groups(groups: Sequence[TiedGroup], path: str | os.PathLike[str]) -> None:
     """Draws which layers each group ties, and how far apart its members are.
 
     Args:
@@ -108,7 +109,7 @@ def _figure() -> Any:
     return Figure
 
 
-def _draw_grid(axes: Any, groups: Sequence[Group], layers: Sequence[str]) -> None:
+def _draw_grid(axes: Any, groups: Sequence[TiedGroup], layers: Sequence[str]) -> None:
     """One row a group, one column a layer, and a mark where the group has a member."""
     for row, group in enumerate(groups):
         columns = [layers.index(_layer(member)) for member in group.members]
@@ -133,7 +134,7 @@ def _draw_grid(axes: Any, groups: Sequence[Group], layers: Sequence[str]) -> Non
     )
 
 
-def _draw_maps(figure: Any, groups: Sequence[Group], cells: Any) -> None:
+def _draw_maps(figure: Any, groups: Sequence[TiedGroup], cells: Any) -> None:
     """For each group, the distance of every member from every other."""
     with bar("Comparing the members", sum(len(group.members) for group in groups)) as step:
         distances = [_distances(group, step) for group in groups]
@@ -158,7 +159,7 @@ def _draw_maps(figure: Any, groups: Sequence[Group], cells: Any) -> None:
     figure.colorbar(image, ax=cells, shrink=0.8, label="distance: largest entry of |difference|")
 
 
-def _distances(group: Group, step: Callable[[], None]) -> np.ndarray:
+def _distances(group: TiedGroup, step: Callable[[], None]) -> np.ndarray:
     """The largest entry of |w_i − w_j| for each pair of members, as their views pull them back."""
     n, equal = len(group.members), group.spread() == 0.0
     values = [] if equal else list(pulled_arrays(group.members))

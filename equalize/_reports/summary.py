@@ -11,7 +11,7 @@ import rich.table
 
 from equalize._inputs.arguments import counted
 from equalize._reports.advice import FRACTIONS, Advice
-from equalize._ties.group import Group
+from equalize._ties.tied_group import TiedGroup
 
 # Logs are read in editors and mail, and by programs that know ASCII only.
 _LOG_WIDTH = 80
@@ -21,7 +21,9 @@ _TEXTS = 3  # the first of them are text, and the others numbers
 _NARROW = {"Group": 14, "Rule": 19}  # where there is little room it goes to the paths of members
 
 
-def print_summary(groups: Sequence[Group], findings: int = 0, print_fn: Callable[[str], object] | None = None) -> None:
+def print_summary(
+    groups: Sequence[TiedGroup], findings: int = 0, print_fn: Callable[[str], object] | None = None
+) -> None:
     """Prints one row a group, and the totals.
 
     Args:
@@ -69,7 +71,7 @@ def _short(number: float) -> str:
 
 
 def summary_parts(
-    groups: Sequence[Group], findings: int, width: int, *, plain: bool = False
+    groups: Sequence[TiedGroup], findings: int, width: int, *, plain: bool = False
 ) -> list[rich.console.RenderableType]:
     """The table of the groups and the lines below it, for a console of rich that has this width."""
     table = rich.table.Table(show_lines=True, box=_box(plain=plain), show_edge=False, pad_edge=False)
@@ -81,7 +83,7 @@ def summary_parts(
     return [table, *(rich.markup.escape(line) for line in _closing(groups, findings))]
 
 
-def summary_html(groups: Sequence[Group], findings: int) -> str:
+def summary_html(groups: Sequence[TiedGroup], findings: int) -> str:
     """The same table for a notebook."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
@@ -97,13 +99,13 @@ def summary_html(groups: Sequence[Group], findings: int) -> str:
     return f"<table><thead><tr>{row('th', _TITLES)}</tr></thead><tbody>{body}</tbody></table><p>{closing}</p>"
 
 
-def weights_stored(groups: Sequence[Group]) -> int:
+def weights_stored(groups: Sequence[TiedGroup]) -> int:
     """Numbers held by the members, each variable counted once; constants belong to no model."""
     variables = {id(m.variable): m.variable for group in groups for m in group.members if not m.constant}
     return sum(math.prod(variable.shape) for variable in variables.values())
 
 
-def weights_free(groups: Sequence[Group]) -> int:
+def weights_free(groups: Sequence[TiedGroup]) -> int:
     """Numbers that training can choose: the effective parameter count.
 
     A hard group has those of its common value, or none where an anchor holds it, and what views leave free. What
@@ -144,7 +146,7 @@ def _box(*, plain: bool) -> rich.box.Box:
     return rich.box.ASCII if plain else rich.box.HEAVY_HEAD
 
 
-def _cells(group: Group) -> tuple[str, ...]:
+def _cells(group: TiedGroup) -> tuple[str, ...]:
     members = "\n".join(
         f"{m.path} {tuple(m.variable.shape)}{f' as {m.view!r}' if m.view else ''}{' (anchor)' if m.anchor else ''}"
         for m in group.members
@@ -153,7 +155,7 @@ def _cells(group: Group) -> tuple[str, ...]:
     return group.name, group.describe(), members, f"{stored:,}", f"{free:,}", f"{group.spread():.3g}"
 
 
-def _closing(groups: Sequence[Group], findings: int) -> list[str]:
+def _closing(groups: Sequence[TiedGroup], findings: int) -> list[str]:
     stored, free = weights_stored(groups), weights_free(groups)
     share = f" ({free / stored:.1%})" if stored else ""
     total = counted(len(groups), "group")

@@ -9,8 +9,8 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._ties.group import Group
 from equalize._ties.member import Member
+from equalize._ties.tied_group import TiedGroup
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SharedUpdate:
         leader: The index of the member that is updated for all; None where an anchor holds the group.
     """
 
-    group: Group
+    group: TiedGroup
     moving: Mapping[int, Member]
     leader: int | None
 
@@ -62,7 +62,7 @@ class SharedUpdate:
             self.group.follow(self.moving[self.leader])
 
 
-def shared_updates(groups: Iterable[Group], variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
+def shared_updates(groups: Iterable[TiedGroup], variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
     """The hard groups that have members among the variables."""
     indices = {id(variable): index for index, variable in enumerate(variables)}
     found = []

@@ -1,0 +1,83 @@
+"""How far apart members are, and what each says of the common value."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from keras import ops
+
+from equalize import _backend as backend
+from equalize._backend import Tensor
+from equalize._math import means
+from equalize._ties.member import Member
+
+# The distance of 1 to the next number.
+_UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def spread_of(members: Sequence[Member]) -> float:
+    """The largest entry of max − min over members; 0.0 where each shows what one common value would give it."""
+    if not members:
+        return 0.0
+    # One member after the other, so that a large group needs the memory of a few members, not of all.
+    pulled = pulled_arrays(members)
+    first = low = high = next(pulled)
+    alike = np.ones(first.shape, bool)
+    for value in pulled:
+        alike &= (value == first) | (np.isnan(value) & np.isnan(first))
+        low, high = np.minimum(low, value), np.maximum(high, value)
+    if alike.all():
+        return 0.0
+    if not all(member.lossless for member in members):
+        (base,) = pulled_arrays([members[gentlest(members)]])
+        for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
+            alike |= backend.array(shown_by_all(members, ops.convert_to_tensor(guess)))
+    return _largest(high, low, alike)
+
+
+def change_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The largest change of an entry from one value of a pair to the other; 0.0 where it is no more than rounding."""
+    arrays = [(backend.array(value), backend.array(new)) for value, new in pairs]
+    largest = max((float(np.max(np.abs(value), initial=0.0)) for value, _ in arrays), default=0.0)
+    change = max((spread_between(value, new) for value, new in arrays), default=0.0)
+    return 0.0 if not arrays or change <= 8 * _UNIT[backend.dtype(pairs[0][0])] * largest else change
+
+
+def spread_between(value: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference between two arrays."""
+    return _largest(value, other, (value == other) | (np.isnan(value) & np.isnan(other)))
+
+
+def _largest(high: np.ndarray, low: np.ndarray, alike: np.ndarray) -> float:
+    with np.errstate(invalid="ignore"):
+        apart = np.asarray(np.abs(np.subtract(high, low, dtype="float64")))
+    apart[alike] = 0.0
+    return float(np.max(np.nan_to_num(apart, copy=False, nan=np.inf, posinf=np.inf), initial=0.0))
+
+
+def gentlest(members: Sequence[Member]) -> int:
+    """The index of the member whose view stretches least, by the size of its exponent."""
+    return min(range(len(members)), key=lambda i: abs(math.log2(members[i].scale)))
+
+
+def shown_by_all(members: Sequence[Member], common: Tensor) -> Tensor:
+    """Where every member shows just what the common value gives it; the gain of a view may have rounded it."""
+    same = []
+    for member in members:
+        value = backend.read(member.variable)
+        shown = ops.cast(member.apply(common) == value, "float32")
+        same.append(member.least_squares(shown) != 0.0)
+    return ops.all(ops.stack(same), axis=0)
+
+
+def pulled_arrays(members: Iterable[Member]) -> Iterator[np.ndarray]:
+    """What each member says of the common value, one after the other, in the dtypes of their variables."""
+    return (pulled_array(member, backend.array(member.variable.value)) for member in members)
+
+
+def pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
+    """What a member that holds a value says of the common value, in the value's dtype."""
+    if member.view is None:
+        return value
+    with backend.eagerly():  # widened, since TensorFlow cannot give a scalar in half precision back
+        return ops.convert_to_numpy(means.widen(member.least_squares(ops.convert_to_tensor(value)))).astype(value.dtype)

@@ -1,0 +1,373 @@
+"""What the package does to a group: projections, penalties, synchronization, shared updates."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from keras import ops
+
+from equalize import _backend as backend
+from equalize._backend import Tensor
+from equalize._inputs.arguments import received
+from equalize._math import means
+from equalize._ties import bound
+from equalize._ties.group import Group
+from equalize._ties.member import Member
+from equalize._ties.rules import Rule
+from equalize._ties.spread import change_of, gentlest, pulled_array, shown_by_all, spread_of
+from equalize._ties.step import Penalty, Projection, scaled
+from equalize.errors import EqualizeError, GroupMismatchError
+
+
+class TiedGroup(Group):
+    """A group, with all that the rest of the package does to it.
+
+    Attributes:
+        declared: Whether layers carry the rule in their configs, so that `link` finds it again in a copy of the model.
+    """
+
+    def __init__(self, name: str, members: Sequence[Member], rule: Any, *, inner: Any = None, declared: bool = False):
+        self.name = name
+        self.declared = declared
+        self._held: list[int] = []  # the anchors that the others keep alive, by their ids
+        self._shared_updates = 0
+        self.adopt(rule, members, inner)
+
+    def adopt(self, rule: Rule, members: Sequence[Member], inner: Any) -> None:
+        """Takes a rule and the constraint inside it, and forgets what was computed under the one before."""
+        self._rule = rule
+        self._inner = inner
+        self._members = tuple(members)
+        self._strength: Any = None  # a variable that compiled steps read the rule's strength from
+        self._projection: Projection | None = None
+        self._penalty: Penalty | None = None
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        members = tuple(member for member in self._members if member.alive)
+        if self._held != [id(member.variable) for member in members if member.anchor]:
+            self.hold_anchors()
+        return members
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The paths of the members whose variables no longer exist."""
+        return tuple(member.path for member in self._members if not member.alive)
+
+    @property
+    def rule(self) -> Any:
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Any) -> NoReturn:
+        raise EqualizeError(
+            f"The rule of group '{self.name}' cannot be assigned. Expected: `registry.replace({self.name!r}, rule)`. "
+            f"Received: {received(rule)}."
+        )
+
+    @property
+    def inner(self) -> Any:
+        """The constraint that the common value obeys as well: the rule's `inner`, or what the variables had."""
+        return self._inner
+
+    def make_adjustable(self) -> bool:
+        """Has compiled steps read the strength from a variable, where they can; tells whether that is new to them."""
+        if self._strength is None:
+            self._strength = backend.adjustable(self.rule.strength)
+            return self._strength is not None
+        return False
+
+    def adjust(self, strength: float) -> bool:
+        """Changes the rule's strength. Tells whether compiled steps know only the old one and must be retraced."""
+        was, self._rule = self.rule, self.rule.having(**{self.rule.setting: strength})
+        self._projection = self._penalty = None
+        if self._strength is None:
+            return strength != was.strength
+        self._strength.assign(strength)
+        return self.hard != was.hard
+
+    def hold_anchors(self) -> None:
+        """Has the members that may move keep the others alive: a pull must not end because its anchor is forgotten.
+
+        What stands on the variables holds them, and not the group, since a registry keeps no model alive.
+        """
+        members = [member for member in self._members if member.alive]
+        anchors = tuple(member.variable for member in members if member.anchor)
+        self._held = [id(anchor) for anchor in anchors]
+        for member in members:
+            for tie in bound.ties_on(member.variable):
+                if isinstance(tie, bound.Bound) and tie.group is self:
+                    tie.anchors = () if member.anchor else anchors
+
+    @property
+    def value(self) -> Tensor:
+        if not self.rule.same_shape:
+            raise EqualizeError(
+                f"Group '{self.name}' has no common value: its rule {self.describe()} takes members of unlike shapes. "
+                "Expected: a group of members of one shape. Read them one by one, from `group.members`."
+            )
+        return self._common_value(self.members)
+
+    @property
+    def present_rule(self) -> Any:
+        """The rule for the members whose variables still exist: a matrix of factors loses the rows of the others."""
+        return self.rule.subset([place for place, member in enumerate(self._members) if member.alive])
+
+    def _computing_rule(self, members: Sequence[Member]) -> Any:
+        """The rule as it computes with the members: it knows the constraint inside, their weights and the anchors."""
+        known: dict[str, Any] = {
+            "inner": self.inner,
+            "weights": tuple(member.weight * member.scale**2 for member in members),
+            "fixed": tuple(member.anchor for member in members),
+        }
+        if self._strength is not None and not self.hard:
+            known[self.rule.setting] = self._strength
+        return self.present_rule.having(**known)
+
+    def spread(self) -> float:
+        members = self.members
+        self._require_values(members)
+        if not members or self.rule.one_value or not self.projects:
+            return spread_of(members)
+        moved = zip(members, self._pulled(members), self.projected(members), strict=True)
+        return change_of([(value, projected) for member, value, projected in moved if not member.anchor])
+
+    def project(self, caller: Member | None = None) -> Tensor | None:
+        """Writes what the rule makes of the members; returns what `caller` becomes, for Keras to write.
+
+        Keras calls every member's constraint, so the first call of a step works for all. Another member's first call
+        after that returns what is there, if no member can have been written since but by Keras with that value.
+
+        Raises:
+            GroupMismatchError: Two anchors differ.
+            EqualizeError: The step cannot reach a member, which happens on JAX.
+        """
+        if caller is not None and self._shared_updates:
+            return self._constrained(caller)
+        served = None if caller is None or self._projection is None else self._projection.serve(caller)
+        if served is not None:
+            return served
+        members = self.members
+        self._require_reach(members)
+        values = {
+            member: member.apply(value)
+            for member, value in zip(members, self.projected(members), strict=True)
+            if not member.anchor
+        }
+        for member in values.keys() - {caller}:
+            values[member] = backend.own_copy(values[member])
+        for member, value in values.items():
+            if member is not caller:
+                member.variable.assign(value)
+        self._projection = None if caller is None else Projection(values, caller)
+        if caller is None:
+            return None
+        return values[caller] if caller in values else backend.read(caller.variable)
+
+    def projected(self, members: Sequence[Member]) -> list[Tensor]:
+        """What the rule makes of the members, as their views pull them back.
+
+        Raises:
+            GroupMismatchError: Two anchors differ.
+            EqualizeError: A custom rule returns something else.
+        """
+        self._require_values(members)
+        if self.rule.one_value:
+            require_anchors_agree(self.name, members)
+        rule, values = self._computing_rule(members), self._pulled(members)
+        projected = rule.project(values)
+        _require_shapes(self, projected, values)
+        # Computed once for all members that get it, with the constraint inside.
+        inner = None if self.inner is None or rule.one_value else self.inner
+        done: dict[int, Tensor] = {}
+        for value in projected:
+            if id(value) not in done:
+                obeying = value if inner is None else ops.cast(inner(value), value.dtype)
+                done[id(value)] = obeying if rule.one_value and not self.hard else backend.computed_once(obeying)
+        return [done[id(value)] for value in projected]
+
+    def _pulled(self, members: Sequence[Member]) -> list[Tensor]:
+        """What each member says of the common value; what views rounded is told from what differs."""
+        anchor = next((member for member in members if member.anchor), None) if self.rule.one_value else None
+        held = None if anchor is None else anchor.least_squares(self._anchored_value(anchor))
+        values = []
+        for member in members:
+            if member.anchor:
+                values.append(member.least_squares(self._anchored_value(member)) if held is None else held)
+            else:
+                values.append(member.least_squares(backend.read(member.variable)))
+        if all(member.lossless for member in members):
+            return values
+        base = values[gentlest(members)] if held is None else held
+        shown = shown_by_all(members, base)
+        return [ops.where(shown, base, value) for value in values]
+
+    @contextlib.contextmanager
+    def shared_update(self) -> Iterator[None]:
+        """While an optimizer updates one member in place of all: a call of its constraint projects nothing.
+
+        A count, not a flag: the replicas of `tf.distribute.MirroredStrategy` trace a step side by side.
+        """
+        self._shared_updates += 1
+        try:
+            yield
+        finally:
+            self._shared_updates -= 1
+
+    def follow(self, leader: Member) -> None:
+        """Writes the common value that one member shows to all others that may move.
+
+        Raises:
+            EqualizeError: The step cannot reach a member, which happens on JAX.
+        """
+        members = self.members
+        self._require_reach(members)
+        written = backend.read(leader.variable)
+        value = backend.computed_once(leader.least_squares(written))
+        for member in members:
+            if not member.anchor and (member is not leader or value is not written):
+                member.variable.assign(backend.own_copy(member.apply(value)))
+
+    def _constrained(self, member: Member) -> Tensor:
+        """A member's value, with the common value that it shows as the inner constraint wants it."""
+        value = backend.read(member.variable)
+        if self.inner is None:
+            return value
+        common = member.least_squares(value)
+        return member.apply(ops.cast(self.inner(common), common.dtype))
+
+    def share(self, member: Member, x: Tensor) -> Tensor:
+        """The share of a member, whose value is `x`, in the group's penalty."""
+        if backend.in_symbolic_scope():  # Keras infers shapes, and on PyTorch gives a new tensor for each read
+            return means.widen(ops.zeros((), x.dtype))
+        members = self.members
+        share = None if self._penalty is None else self._penalty.serve(member, x, members)
+        if share is None:
+            self._require_reach(members)
+            self._penalty = Penalty(self._computing_rule(members), self._factor, members)
+            share = self._penalty.serve(member, x, members)
+        return share
+
+    def penalty(self) -> Tensor:
+        """The whole penalty, differentiable in every member that may move."""
+        members = self.members
+        self._require_values(members)
+        values = [member.read() if member.anchor else backend.tensor(member.variable) for member in members]
+        pulled = [means.widen(member.least_squares(value)) for member, value in zip(members, values, strict=True)]
+        return scaled(self._computing_rule(members), self._factor, pulled)
+
+    @property
+    def _factor(self) -> Any:
+        """What the penalty is multiplied by; a rule with a factor for each pair has done that itself."""
+        if self._strength is not None:
+            return self._strength
+        return self.rule.strength if isinstance(self.rule.strength, (int, float)) else 1.0
+
+    def sync(self, method: str) -> None:
+        """Makes the members equal: to the anchors, else to the first of them or to their mean.
+
+        The members of a custom `GroupConstraint` are projected. What is equal stays as it is: an inner constraint
+        such as `MaxNorm` changes its own result in the last bit.
+        """
+        members = self.members
+        self._require_values(members)
+        if self.projects and not self.rule.one_value:
+            self.project()
+            return
+        if all(backend.concrete(member.variable) is not None for member in members) and self.spread() == 0.0:
+            return
+        if method == "first" and not any(member.anchor for member in members):
+            self.follow(members[0])
+            return
+        value = self._common_value(members)
+        for member in members:
+            if not member.anchor:
+                member.variable.assign(backend.own_copy(member.apply(value)))
+
+    def require_anchors_agree(self) -> None:
+        """Raises `GroupMismatchError` where two anchors differ that cannot, as far as their values are available."""
+        if self.rule.one_value or not self.projects:
+            require_anchors_agree(self.name, self.members)
+
+    def _common_value(self, members: Sequence[Member]) -> Tensor:
+        """The anchors' value, else the mean, with the constraint inside a projection."""
+        self._require_values(members)
+        anchor = next((member for member in members if member.anchor), None)
+        if anchor is not None:
+            require_anchors_agree(self.name, members)
+            return anchor.least_squares(self._anchored_value(anchor))
+        mean = means.mean(self._pulled(members), tuple(member.weight * member.scale**2 for member in members))
+        inner = self.inner if self.projects else None
+        return mean if inner is None else ops.cast(inner(mean), mean.dtype)
+
+    def _anchored_value(self, anchor: Member) -> Tensor:
+        """The value of an anchor. An optimizer on JAX does not carry it, and its variable may hold an outdated one."""
+        if anchor.constant or backend.is_visible(anchor.variable):
+            return backend.read(anchor.variable)
+        value = anchor.recall()
+        if value is None:
+            raise EqualizeError(
+                f"Group '{self.name}' cannot take the value of '{anchor.path}', which is not trainable: a stateless "
+                "step sees only what it is given. Expected: a step that computes the losses of the model, as `fit` and "
+                "`model.stateless_call(..., return_losses=True)` do, and then applies the optimizer; or one that runs "
+                "the optimizer in a `keras.StatelessScope` over all variables of the model."
+            )
+        return value
+
+    def _require_reach(self, members: Sequence[Member]) -> None:
+        """On JAX a step sees and changes only what its scope carries; elsewhere everything."""
+        if backend.in_symbolic_scope():
+            return
+        for member in members:
+            if not member.anchor and not backend.is_visible(member.variable):
+                seen = ", ".join(str(m) for m in members if backend.is_visible(m.variable))
+                raise EqualizeError(
+                    f"Group '{self.name}' cannot reach its member {member} in this step. Expected: a step "
+                    f"over all members; it sees: {seen}. A stateless step of an optimizer or a loss carries only the "
+                    "variables that it was given, and a change of any other is lost. Train all members with one "
+                    "optimizer in one model, or apply the optimizers inside one `keras.StatelessScope` that is given "
+                    "the variables of all."
+                )
+
+    def _require_values(self, members: Sequence[Member]) -> None:
+        """In a callback on JAX the model must take its values back from the step before anyone can read them."""
+        for member in members:
+            if backend.current_scope() is None and backend.is_purged(member.variable):
+                raise EqualizeError(
+                    f"Group '{self.name}' cannot read its member {member}: while `fit` runs on JAX its value is in the "
+                    "compiled step. Expected: a model that has taken its values back. Call `model.jax_state_sync()` "
+                    "first, as `equalize.callbacks.TieMonitor` does."
+                )
+
+
+def _require_shapes(group: TiedGroup, projected: Any, values: Sequence[Tensor]) -> None:
+    """Raises unless a projection returned a value of the same shape for each member."""
+    shapes = [tuple(getattr(value, "shape", ("none",))) for value in projected] if _is_list(projected) else None
+    expected = [tuple(value.shape) for value in values]
+    if shapes != expected:
+        raise EqualizeError(
+            f"`project` of {type(group.rule).__name__} must return a list of tensors, one for each of the "
+            f"{len(values)} members of group '{group.name}', of shapes {expected}. Received: "
+            f"{received(projected) if shapes is None else f'shapes {shapes}'}."
+        )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def require_anchors_agree(name: str, members: Sequence[Member]) -> None:
+    """Raises `GroupMismatchError` where two anchors differ, as far as their values are available."""
+    anchors = [(member, backend.concrete(member.variable)) for member in members if member.anchor]
+    if len(anchors) < 2:
+        return
+    known = [(member, pulled_array(member, value)) for member, value in anchors if value is not None]
+    for member, value in known[1:]:
+        if not np.array_equal(value, known[0][1], equal_nan=True):
+            raise GroupMismatchError(
+                f"Group '{name}' cannot be made equal: {known[0][0]} and {member} do not move (they are not "
+                f"trainable, or constants) and differ by up to {np.max(np.abs(value - known[0][1])):g}. "
+                "Expected: at most one value among the members that do not move. "
+                "Set the two to one value, or make one of them trainable."
+            )
