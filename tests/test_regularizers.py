@@ -310,3 +310,23 @@ def test_training_one_model_leaves_another_with_the_same_group_name_alone():
     before = [bits(k) for k in kernels(models[1])]
     fit(models[0])
     assert [bits(k) for k in kernels(models[1])] == before
+
+
+def test_soft_rules_inside_of_each_other_are_all_linked_whatever_their_order():
+    rules = [
+        MeanL2("a", 0.5, inner=MeanL2("b", 0.25, inner="l2")),
+        MeanL2("b", 0.25, inner=MeanL2("a", 0.5, inner="l2")),
+    ]
+    layers = [keras.layers.Dense(2, kernel_regularizer=rule) for rule in rules]
+    entrance = keras.Input((3,))
+    model = keras.Model(entrance, [layer(entrance) for layer in layers])
+    registry = equalize.GroupRegistry().link(model)
+    first, second = (ops.convert_to_numpy(layer.kernel.value) for layer in layers)
+    own = 0.01 * (np.sum(first**2) + np.sum(second**2))
+    expected = own + 0.75 * 0.5 * np.sum((first - second) ** 2)
+    assert sum(float(ops.convert_to_numpy(loss)) for loss in model.losses) == pytest.approx(expected, rel=1e-5)
+    registry.untie("a")
+    expected = own + 0.25 * 0.5 * np.sum((first - second) ** 2)
+    assert sum(float(ops.convert_to_numpy(loss)) for loss in model.losses) == pytest.approx(expected, rel=1e-5)
+    registry.untie()
+    assert all(layer.get_config()["kernel_regularizer"]["class_name"] == "L2" for layer in layers)
