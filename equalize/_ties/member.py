@@ -114,9 +114,11 @@ class Member:
         """The common value as the member's value `w` alone shows it."""
         return w if self.view is None else self.view.least_squares(w)
 
-    def apply(self, common: Tensor) -> Tensor:
-        """What the member becomes for a common value; what its view does not cover stays."""
-        return common if self.view is None else self.view.forward(common, backend.read(self.variable))
+    def apply(self, common: Tensor, stored: Tensor | None = None) -> Tensor:
+        """What the member becomes for a common value; what its view does not cover stays as it is stored."""
+        if self.view is None:
+            return common
+        return self.view.forward(common, backend.read(self.variable) if stored is None else stored)
 
     @property
     def whole(self) -> bool:

@@ -1,7 +1,7 @@
 """How far apart members are, and what each says of the common value."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from keras import ops
@@ -30,8 +30,9 @@ def spread_of(members: Sequence[Member]) -> float:
         return 0.0
     if not all(member.lossless for member in members):
         (base,) = pulled_arrays([members[gentlest(members)]])
+        stored = {member: backend.read(member.variable) for member in members}
         for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
-            alike |= backend.array(shown_by_all(members, ops.convert_to_tensor(guess)))
+            alike |= backend.array(shown_by_all(stored, ops.convert_to_tensor(guess)))
     return _largest(high, low, alike)
 
 
@@ -60,12 +61,11 @@ def gentlest(members: Sequence[Member]) -> int:
     return min(range(len(members)), key=lambda i: abs(math.log2(members[i].scale)))
 
 
-def shown_by_all(members: Sequence[Member], common: Tensor) -> Tensor:
-    """Where every member shows just what the common value gives it; the gain of a view may have rounded it."""
+def shown_by_all(stored: Mapping[Member, Tensor], common: Tensor) -> Tensor:
+    """Where every member holds just what the common value gives it; the scale of a view may have rounded it."""
     same = []
-    for member in members:
-        value = backend.read(member.variable)
-        shown = ops.cast(member.apply(common) == value, "float32")
+    for member, value in stored.items():
+        shown = ops.cast(member.apply(common, value) == value, "float32")
         same.append(member.least_squares(shown) != 0.0)
     return ops.all(ops.stack(same), axis=0)
 

@@ -189,19 +189,16 @@ class TiedGroup(Group):
 
     def _pulled(self, members: Sequence[Member]) -> list[Tensor]:
         """What each member says of the common value; what views rounded is told from what differs."""
-        anchor = next((member for member in members if member.anchor), None) if self.rule.one_value else None
-        held = None if anchor is None else anchor.least_squares(self._anchored_value(anchor))
-        values = []
-        for member in members:
-            if member.anchor:
-                values.append(member.least_squares(self._anchored_value(member)) if held is None else held)
-            else:
-                values.append(member.least_squares(backend.read(member.variable)))
-        if all(member.lossless for member in members):
-            return values
-        base = values[gentlest(members)] if held is None else held
-        shown = shown_by_all(members, base)
-        return [ops.where(shown, base, value) for value in values]
+        first = next((member for member in members if member.anchor), None) if self.rule.one_value else None
+        # The anchors of one common value agree, so the first stands for all.
+        read = [member for member in members if first is None or member is first or not member.anchor]
+        stored = {m: self._anchored_value(m) if m.anchor else backend.read(m.variable) for m in read}
+        pulled = {member: member.least_squares(value) for member, value in stored.items()}
+        if not all(member.lossless for member in members):
+            base = pulled[members[gentlest(members)] if first is None else first]
+            shown = shown_by_all(stored, base)
+            pulled = {member: ops.where(shown, base, value) for member, value in pulled.items()}
+        return [pulled[member] if first is None or not member.anchor else pulled[first] for member in members]
 
     @contextlib.contextmanager
     def shared_update(self) -> Iterator[None]:
