@@ -44,7 +44,7 @@ def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], i
     """A group that layers declare, from their variables and rules."""
     members = [Member(variable, view=rule.view, weight=rule.weight) for variable, rule, _ in entries]
     rules = [rule for _, rule, _ in entries]
-    validation.require_company(name, members, names)
+    validation.require_several(name, members, names)
     validation.require_fit(name, members, rules, declared=True)
     inner = rules[0].inner if rules[0].slot == "constraint" else None
     group = TiedGroup(name, members, rules[0], inner=inner, declared=True)
@@ -59,7 +59,7 @@ def plan(groups: Mapping[str, TiedGroup], name: str, members: list[Member], rule
             f"There is a group '{name}' already: {groups[name]!r}. Expected: a new name. Call `untie({name!r})` "
             "first, or choose another name."
         )
-    validation.require_company(name, members, groups)
+    validation.require_several(name, members, groups)
     rules = [rule] * len(members)
     validation.require_fit(name, members, rules)
     if rule.slot == "constraint":
@@ -83,7 +83,7 @@ def plan_replacement(group: TiedGroup, rule: Rule) -> Callable[[], None]:
             f"members have theirs already. Expected: a rule without, {rule.describe()}."
         )
     members = group.members
-    validation.require_company(group.name, members, ())
+    validation.require_several(group.name, members, ())
     validation.require_fit(group.name, members, [rule] * len(members))
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(group.name, members, besides=group)

@@ -68,7 +68,7 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
         )
 
 
-def require_company(name: str, members: Sequence[Member], others: Iterable[str]) -> None:
+def require_several(name: str, members: Sequence[Member], others: Iterable[str]) -> None:
     """Raises `GroupMismatchError` for a group of one, which is how a misspelt name shows."""
     if len(members) > 1:
         return
