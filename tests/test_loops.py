@@ -723,3 +723,17 @@ def test_a_step_in_which_no_member_has_a_gradient_does_not_project(count):
     apply(keras.optimizers.SGD(0.1), [(np.ones((12, 1), "float32"), head)])
     assert (count.means, count.applied) == (0, 1)
     assert not bitwise_equal(*kernels(model))
+
+
+@pytest.mark.parametrize("rule", [Equal(), Equal(rate=0.5), MeanL2(factor=0.5)])
+def test_a_step_leaves_no_tensors_with_the_group(rule):
+    layers = [keras.layers.Dense(2, use_bias=False) for _ in range(3)]
+    entrance = keras.Input((3,))
+    model = keras.Model(entrance, keras.layers.Add()([layer(entrance) for layer in layers]))
+    registry = equalize.GroupRegistry()
+    group = registry.tie("layers", [layer.kernel for layer in layers], rule)
+    for mode in MODES.values():
+        model.compile("sgd", "mse", **mode)
+        model.fit(np.ones((4, 3), "float32"), np.ones((4, 2), "float32"), verbose=0)
+        assert group._projection is None
+        assert group._penalty is None

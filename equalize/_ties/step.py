@@ -30,6 +30,11 @@ class Projection:
             for member, value in values.items()
         }
 
+    @property
+    def spent(self) -> bool:
+        """Whether every member that may move has been served."""
+        return not self._open
+
     def serve(self, caller: Member) -> Tensor | None:
         """A member's value, the first time that it is asked for and while no member has been written; else None."""
         if caller not in self._open:
@@ -65,6 +70,11 @@ class Penalty:
             (member, backend.track_writes(member.variable, value))
             for member, value in zip(members, stored, strict=True)
         ]
+
+    @property
+    def spent(self) -> bool:
+        """Whether every member that may move has been served."""
+        return not self._open
 
     def serve(self, member: Member, x: Tensor, members: Sequence[Member]) -> Tensor | None:
         """The share of a member with the value `x`, the first time and while nothing has changed; else None."""

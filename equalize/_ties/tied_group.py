@@ -147,6 +147,7 @@ class TiedGroup(Group):
             return self._constrained(caller)
         served = None if caller is None or self._projection is None else self._projection.serve(caller)
         if served is not None:
+            self._forget_what_is_spent()
             return served
         members = self.members
         self._require_reach(members)
@@ -161,6 +162,7 @@ class TiedGroup(Group):
             if member is not caller:
                 member.variable.assign(value)
         self._projection = None if caller is None else Projection(values, caller)
+        self._forget_what_is_spent()
         if caller is None:
             return None
         return values[caller] if caller in values else backend.read(caller.variable)
@@ -244,7 +246,15 @@ class TiedGroup(Group):
             self._require_reach(members)
             self._penalty = Penalty(self._computing_rule(members), self._factor, members)
             share = self._penalty.serve(member, x, members)
+        self._forget_what_is_spent()
         return share
+
+    def _forget_what_is_spent(self) -> None:
+        """Lets go of the tensors of a step, and of its trace, once the step has all that it asks for."""
+        if self._projection is not None and self._projection.spent:
+            self._projection = None
+        if self._penalty is not None and self._penalty.spent:
+            self._penalty = None
 
     def penalty(self) -> Tensor:
         """The whole penalty, differentiable in every member that may move."""
