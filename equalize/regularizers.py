@@ -141,13 +141,11 @@ class MeanL2(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
+        view: As in `GroupRegularizer`.
+        inner: As in `GroupRegularizer`.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
-        TypeError: An argument is of the wrong type.
-        NotLinkedError: The loss is computed and no registry has linked the model.
+        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
 
     Example:
     >>> import keras, equalize
@@ -190,15 +188,12 @@ class PairwiseL2(_Shipped):
         factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
-        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
+        view: As in `GroupRegularizer`.
+        inner: As in `GroupRegularizer`.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative, not finite or not symmetric, or `inner` is no
-            regularizer.
+        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`, or the matrix is not symmetric.
         GroupMismatchError: When tied: the matrix is not of the size of the group.
-        TypeError: An argument is of the wrong type.
-        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -243,15 +238,12 @@ class PairwiseNorm(_Shipped):
         factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
-        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
+        view: As in `GroupRegularizer`.
+        inner: As in `GroupRegularizer`.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative, not finite or not symmetric, or `inner` is no
-            regularizer.
+        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`, or the matrix is not symmetric.
         GroupMismatchError: When tied: the matrix is not of the size of the group.
-        TypeError: An argument is of the wrong type.
-        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -291,13 +283,11 @@ class PairwiseL1(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ, for each pair.
-        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
+        view: As in `GroupRegularizer`.
+        inner: As in `GroupRegularizer`.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
-        TypeError: An argument is of the wrong type.
-        NotLinkedError: The loss is computed and no registry has linked the model.
+        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
 
     Example:
     >>> import keras, equalize
@@ -330,13 +320,11 @@ class ChainL2(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
+        view: As in `GroupRegularizer`.
+        inner: As in `GroupRegularizer`.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
-        TypeError: An argument is of the wrong type.
-        NotLinkedError: The loss is computed and no registry has linked the model.
+        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
 
     Example:
     >>> import keras, equalize
@@ -373,13 +361,11 @@ class TraceNorm(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
+        view: As in `GroupRegularizer`.
+        inner: As in `GroupRegularizer`.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
-        TypeError: An argument is of the wrong type.
-        NotLinkedError: The loss is computed and no registry has linked the model.
+        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
 
     Example:
     >>> import keras, equalize

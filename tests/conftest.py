@@ -54,6 +54,18 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if chosen or config.option.capture == "no" else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of tests that are `sampled` every day sees the first case, and `-m slow` the others."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            function = item.nodeid.split("[")[0]
+            if function in seen:
+                item.add_marker("slow")
+            seen.add(function)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(7)

@@ -46,6 +46,7 @@ def test_gradients_that_agree_oppose_and_have_nothing_to_do_with_each_other():
         assert advice.best == 1.0  # so that to stay tied costs nothing
 
 
+@pytest.mark.slow
 def test_the_mean_over_all_pairs_is_that_of_all_pairs():
     targets = np.random.default_rng(1).normal(size=(5, 2))
     model, registry, heads, x, y = linear_heads(targets)

@@ -104,6 +104,7 @@ def convolutional_autoencoder(rule: Ruled):
         pytest.param(convolutional_autoencoder, soft, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_tied_autoencoder_learns_to_reproduce_digits(build, rule):
     model, mirrored = build(rule)
     registry = equalize.GroupRegistry().link(model)
@@ -151,6 +152,7 @@ def next_characters(length=8):
 
 
 @pytest.mark.parametrize("rule", [hard, pytest.param(soft, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_embedding_of_what_is_read_is_the_embedding_of_what_is_written(rule):
     x, y, size = next_characters()
     width = 16

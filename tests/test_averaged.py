@@ -76,6 +76,7 @@ if hasattr(keras.optimizers, "Muon"):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sampled
 def test_a_regularized_group_has_the_numbers_of_one_regularized_variable(name):
     shared, exact = (chain(way, OPTIMIZERS[name]()) for way in ("shared", "exact"))
     np.testing.assert_allclose(exact, shared, rtol=1e-5, atol=1e-6)

@@ -58,6 +58,7 @@ def test_lora_takes_the_declared_rule_of_a_soft_group():
 
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("rule", [Equal, MeanL2])
+@pytest.mark.sampled
 def test_a_quantized_kernel_leaves_its_group(rule, declared):
     slot = {"constraint" if rule is Equal else "regularizer": lambda: rule("towers")} if declared else {}
     model = towers(3, **slot)
@@ -88,6 +89,7 @@ class Growing(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.sampled
 def test_the_variables_of_a_layer_that_is_built_anew_are_other_ones(declared):
     entrance = keras.Input((5,))
     layers = [Growing(Equal("towers") if declared else None, name=f"tower_{i}") for i in range(3)]

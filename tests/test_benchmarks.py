@@ -82,6 +82,7 @@ def test_every_module_of_a_part_holds_one_task_whose_cases_are_plain_and_differ(
             assert len(cases) == len(set(cases)) > 0, name
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
     whole = Squares()
     run(whole, monkeypatch, tmp_path / "whole")
@@ -114,6 +115,7 @@ def test_a_journal_of_other_settings_starts_anew_and_a_cut_line_is_left_out(tmp_
     assert len(Journal(path, {"seed": 2})) == 0
 
 
+@pytest.mark.slow
 def test_a_task_without_its_data_says_what_to_install_and_the_rest_runs(monkeypatch, tmp_path):
     lacking = ModuleNotFoundError("No module named 'mnist1d'", name="mnist1d")
     status, screen = run(Squares(), monkeypatch, tmp_path, **{"quality/filters": lacking})
@@ -130,6 +132,7 @@ def autoencoders():
     return {case["way"]: list(task.measure(SMOKE, {"code": 8, **case})) for case in cases}
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_figures_and_another_does_not(autoencoders):
     task = discovery.load("quality/autoencoder")
     case = {"code": 8, "way": "exact", "strength": 0.0}
@@ -138,6 +141,7 @@ def test_one_seed_gives_the_same_figures_and_another_does_not(autoencoders):
     assert other[0]["test"] != autoencoders["exact"][0]["test"]
 
 
+@pytest.mark.slow
 def test_every_way_trains_and_the_hard_ones_stay_equal(autoencoders):
     assert autoencoders.keys() == ways.WAYS.keys()
     for name, (record,) in autoencoders.items():

@@ -54,6 +54,7 @@ class Spreads(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("rule", [SOFT, PARTIAL], ids=["soft", "partial"])
+@pytest.mark.sampled
 def test_history_shows_the_spread_of_groups_that_are_not_hard(rule):
     model, registry = tied(3, rule=rule)
     before = registry.spread()["towers"]
@@ -117,6 +118,7 @@ def test_the_spread_is_logged_beside_validation_metrics():
     assert set(history) == {"loss", "val_loss", "spread/towers"}
 
 
+@pytest.mark.slow
 def test_the_monitor_changes_no_number_of_a_run_that_stays_equal():
     x, y = data()
     weights = []
@@ -137,6 +139,7 @@ def test_averaging_breaks_a_hard_tie_without_the_monitor():
 
 
 @pytest.mark.parametrize("overwrite", [None, 3])
+@pytest.mark.sampled
 def test_averaging_ends_in_the_mean_of_the_averages_with_the_monitor(overwrite):
     model, registry = tied()
     optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=overwrite)
@@ -155,6 +158,7 @@ def test_averaging_ends_in_the_mean_of_the_averages_with_the_monitor(overwrite):
 
 
 @pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.sampled
 def test_the_repair_is_what_sync_to_the_mean_gives(n):
     results = []
     for monitored in (False, True):
@@ -247,6 +251,7 @@ def test_a_spread_within_atol_is_neither_repaired_nor_warned_of():
 
 @pytest.mark.parametrize("on_epoch", [False, True])
 @pytest.mark.parametrize("monitor_first", [False, True])
+@pytest.mark.sampled
 def test_swapped_averages_end_equal_and_the_monitor_changes_nothing_while_training(on_epoch, monitor_first):
     results = []
     for monitored in (False, True):

@@ -82,6 +82,7 @@ def foreign(module):
     return [{"module": module, **config} for config in [*functions, *classes, spec]]
 
 
+@pytest.mark.slow
 def test_no_module_that_a_config_names_is_imported(bomb):
     for config in foreign(bomb):
         for make in (
@@ -246,11 +247,11 @@ def try_optimizer(config):
 
 
 def test_a_mutated_registry_is_refused_or_whole():
-    assert attack(200, CONFIG, try_registry).keys() == {"refused", "not linked", "linked"}
+    assert attack(60, CONFIG, try_registry).keys() == {"refused", "not linked", "linked"}
 
 
 def test_a_mutated_optimizer_is_refused_or_made():
-    assert attack(50, optimizer_config(), try_optimizer).keys() == {"refused", "made"}
+    assert attack(20, optimizer_config(), try_optimizer).keys() == {"refused", "made"}
 
 
 @pytest.mark.fuzz
@@ -353,6 +354,7 @@ def rewritten(path, change):
         ('"groups": []', '"groups": [{}]'),
     ],
 )
+@pytest.mark.sampled
 def test_a_file_that_was_tampered_with_is_not_loaded(old, new, tmp_path, bomb):
     saved(tmp_path / "model.keras")
 

@@ -139,6 +139,7 @@ def test_after_every_step_the_members_are_as_the_rule_has_them(name):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_a_declared_rule_is_trained_monitored_saved_and_linked_again(mode, tmp_path):
     entrance = keras.Input((5,))
     heads = [keras.layers.Dense(4, kernel_constraint=SumToZero("heads"), name=f"head_{i}") for i in range(3)]
@@ -233,6 +234,7 @@ def test_a_custom_penalty_pulls_with_its_gradient_and_is_counted_once(tmp_path):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.sampled
 def test_under_mirrored_strategy(jit):
     import tensorflow as tf
 

@@ -39,6 +39,7 @@ def test_nothing_to_say():
         (lambda: keras.optimizers.SGD(global_clipnorm=1.0), "global_clipnorm"),
     ],
 )
+@pytest.mark.sampled
 def test_optimizers_that_treat_members_otherwise_than_a_shared_variable(optimizer, kind):
     model, registry = linked(optimizer())
     assert kinds(registry) == [kind]
@@ -70,6 +71,7 @@ def tied(optimizer=None):
         (lambda: keras.optimizers.SGD(global_clipnorm=1.0), "global_clipnorm"),
     ],
 )
+@pytest.mark.sampled
 def test_after_tie_it_knows_what_it_knows_after_link(optimizer, kind):
     model, registry = tied(optimizer())
     assert kinds(registry) == [kind]
@@ -131,6 +133,7 @@ def test_an_anchor_leaves_one_member_that_clipping_counts_once():
     ],
     ids=str,
 )
+@pytest.mark.sampled
 def test_several_optimizers_in_one_each_with_the_members_that_it_updates(one, other, expected):
     model = towers(3)
     registry = equalize.GroupRegistry()

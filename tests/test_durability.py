@@ -113,6 +113,7 @@ def test_a_loaded_model_does_not_train_before_it_is_linked(tmp_path):
         loaded.fit(*data(), verbose=0)
 
 
+@pytest.mark.slow
 def test_weights_alone_bring_back_the_same_run(tmp_path):
     model, registry = compiled()
     train(model, registry)
@@ -126,6 +127,7 @@ def test_weights_alone_bring_back_the_same_run(tmp_path):
     assert state(other) == state(model)
 
 
+@pytest.mark.slow
 def test_a_model_from_json_is_linked_anew_and_trains_like_the_original():
     model, registry = compiled()
     other = keras.models.model_from_json(model.to_json())
@@ -156,6 +158,7 @@ def test_two_loads_of_one_file_are_tied_apart(tmp_path):
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
+@pytest.mark.sampled
 def test_a_copy_of_a_tied_model_is_tied_apart_from_the_original(duplicate):
     model, registry = compiled()
     train(model, registry)
@@ -174,6 +177,7 @@ def test_a_copy_of_a_tied_model_is_tied_apart_from_the_original(duplicate):
     other_registry.check()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_model_tied_by_tie_is_untied_and_a_tied_optimizer_goes_with_it(tmp_path):
     model = towers(2)
     registry = equalize.GroupRegistry()
@@ -195,6 +199,7 @@ def test_a_copy_of_a_model_tied_by_tie_is_untied_and_a_tied_optimizer_goes_with_
                 train(other, copied)
 
 
+@pytest.mark.slow
 def test_a_clone_is_tied_apart_from_the_original():
     model, registry = compiled()
     before = weights(model)
@@ -223,6 +228,7 @@ def time_distributed():
 
 
 @pytest.mark.parametrize("wrapper", [bidirectional, time_distributed])
+@pytest.mark.slow
 def test_a_rule_given_to_the_inner_layer_ties_what_a_wrapper_makes_of_it_and_survives_saving(wrapper, tmp_path):
     layer, expected = wrapper()
     model = keras.Sequential([keras.Input((4, 3)), layer])
@@ -244,6 +250,7 @@ def test_a_rule_given_to_the_inner_layer_ties_what_a_wrapper_makes_of_it_and_sur
     assert [bits(variable) for variable in one] == [bits(variable) for variable in two]  # LSTM seeds are apart
 
 
+@pytest.mark.slow
 def test_a_part_taken_out_of_an_untied_model_trains_alone():
     model, registry = compiled()
     train(model, registry)
@@ -294,6 +301,7 @@ def test_loading_copies_that_differ_into_a_linked_model_is_found_and_mended_by_t
 
 
 @pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.sampled
 def test_averages_of_weights_end_equal(swap):
     model, registry = compiled(optimizer=keras.optimizers.Adam(0.02, use_ema=True, ema_momentum=0.8))
     swaps = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if swap else []
@@ -303,6 +311,7 @@ def test_averages_of_weights_end_equal(swap):
     assert bitwise_equal(*kernels(model))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_with_the_best_weights_is_equal(tmp_path):
     file = tmp_path / "best.keras"
     model, registry = compiled(optimizer=keras.optimizers.SGD(0.6, momentum=0.9))
@@ -316,6 +325,7 @@ def test_the_checkpoint_with_the_best_weights_is_equal(tmp_path):
     loaded_registry.check()
 
 
+@pytest.mark.slow
 def test_the_best_weights_that_early_stopping_restores_are_equal():
     model, registry = compiled(optimizer=keras.optimizers.SGD(0.6, momentum=0.9))
     stop = keras.callbacks.EarlyStopping(monitor="val_loss", patience=2, restore_best_weights=True)
@@ -359,6 +369,7 @@ DECLARED = {
 
 
 @pytest.mark.parametrize("kind", DECLARED)
+@pytest.mark.sampled
 def test_a_model_that_was_untied_is_plain_keras_config_included(kind):
     rule = Equal("g", inner=keras.constraints.MaxNorm(3.0))
     entrance = keras.Input((4, 3))
@@ -399,6 +410,7 @@ def load_without_equalize(file, expected):
     model.fit(x, y, verbose=0)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_untied_loads_where_equalize_is_not_installed(tmp_path):
     model, registry = compiled()
     train(model, registry, epochs=1)

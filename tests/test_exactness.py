@@ -181,6 +181,7 @@ def test_each_setting_acts_as_on_one_shared_variable(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), [("momentum", {}), ("adam", SETTINGS["all"])], ids=["plain", "all"])
+@pytest.mark.sampled
 def test_a_fit_is_that_of_one_shared_variable_bit_for_bit(name, settings):
     assert_same_bits(*both_runs(functools.partial(OPTIMIZERS[name], **settings), steps=16))
 
@@ -206,6 +207,7 @@ def test_several_steps_at_once():
 
 
 @pytest.mark.parametrize("blocked", [(0,), (1, 2)], ids=str)
+@pytest.mark.sampled
 def test_members_without_a_gradient_count_as_zero(blocked):
     results = []
     for shared in (True, False):
@@ -258,6 +260,7 @@ def shared_run(dtype=None, scaled=False):
 
 
 @pytest.mark.parametrize("place", SCALED)
+@pytest.mark.sampled
 def test_loss_scaling_inside_or_around(place):
     model, kernels = branches(2, shared=False)
     tied = run(model, SCALED[place](tie(kernels)), kernels)
@@ -277,6 +280,7 @@ def test_the_factor_that_the_loss_is_multiplied_by_is_told():
 
 
 @pytest.mark.parametrize("place", ["auto", "inside and auto", "inside", "around"])
+@pytest.mark.sampled
 def test_mixed_precision(place):
     if KERAS_3_5 and place == "inside and auto":
         pytest.skip("the LossScaleOptimizer of Keras 3.5 does not tell what it wraps, so the loss is unscaled twice")
@@ -297,6 +301,7 @@ def test_mixed_precision(place):
 
 
 @pytest.mark.parametrize("place", ["around", "inside"])
+@pytest.mark.sampled
 def test_a_step_that_loss_scaling_skips_changes_nothing(place):
     model, kernels = branches(2, shared=False)
     scale = {"initial_scale": 2.0**127}
@@ -478,6 +483,7 @@ def test_whole_blocks():
 
 
 @pytest.mark.parametrize(("name", "mode"), [("adam", QUICK), *(("momentum", mode) for mode in MODES if mode != QUICK)])
+@pytest.mark.sampled
 def test_embeddings_that_look_up_different_rows(name, mode):
     results = []
     for shared in (True, False):

@@ -35,6 +35,7 @@ def test_a_picture_of_a_tied_model(tmp_path):
     assert (tmp_path / "model.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_tensorboard_writes_histograms_of_a_tied_model(tmp_path):
     pytest.importorskip("tensorboard")
     model, registry = tied()
@@ -47,6 +48,7 @@ def test_tensorboard_writes_histograms_of_a_tied_model(tmp_path):
 
 # Keras Tuner logs hyperparameters with TensorBoard, whose modules use deprecated parts of others.
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_keras_tuner_makes_and_links_a_model_for_each_trial(tmp_path):
     keras_tuner = pytest.importorskip("keras_tuner")
     pytest.importorskip("tensorboard")
@@ -67,6 +69,7 @@ def test_keras_tuner_makes_and_links_a_model_for_each_trial(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_blocks_of_keras_hub_are_tied_like_layers():
     keras_hub = pytest.importorskip("keras_hub")
     entrance = keras.Input((3, 8))
@@ -79,6 +82,7 @@ def test_blocks_of_keras_hub_are_tied_like_layers():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_both_tables_of_a_reversible_embedding_of_keras_hub():
     keras_hub = pytest.importorskip("keras_hub")
     words = keras_hub.layers.ReversibleEmbedding(9, 4, tie_weights=False)
@@ -100,6 +104,7 @@ class Pruned(keras.constraints.Constraint):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.sampled
 def test_a_constraint_of_ones_own_holds_for_the_common_value(inner, exact):
     model = towers(2, constraint=(lambda: Equal("towers", inner=Pruned())) if inner else Pruned)
     registry = equalize.GroupRegistry()

@@ -118,6 +118,7 @@ BUILDS = [layer_used_twice, convolutions_over_one_kernel, dense_with_an_injected
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.sampled
 def test_sharing_and_exact_ties_give_the_numbers_of_plain_sharing(build):
     plain, head = plain_run(build)
     for way in ("share", "tied"):
@@ -127,6 +128,7 @@ def test_sharing_and_exact_ties_give_the_numbers_of_plain_sharing(build):
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.sampled
 def test_averaging_is_plain_sharing_with_sgd_at_half_the_rate_and_something_else_with_adam(build):
     plain, _ = run(build, "plain", keras.optimizers.SGD(0.02), frozen=True)
     averaged, _ = run(build, "equal", keras.optimizers.SGD(0.04), frozen=True)

@@ -100,6 +100,7 @@ def train_large_group(way, width, count=8, steps=3):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.sampled
 def test_a_large_group(way):
     figures = train_large_group(way, 256)
     assert figures["values"] == [1 if way in ("hard", "exact") else 8] * 3
@@ -163,6 +164,7 @@ def train_many_groups(way, count):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_many_groups(way):
     figures = train_many_groups(way, 100)
     assert figures["groups"] == 10
@@ -233,6 +235,7 @@ def assert_steady(figures, steps, growth):
 
 
 @pytest.mark.parametrize("way", ["hard", "exact"])
+@pytest.mark.slow
 def test_many_steps(way):
     assert_steady(train_many_steps(way, 120, 4), 120, growth=16)
 

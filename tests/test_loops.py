@@ -96,6 +96,7 @@ def count(monkeypatch):
 @pytest.mark.parametrize(
     ("optimizer", "mode"), [("adam", "graph"), *(("sgd", mode) for mode in ("graph", "jit", "eager"))]
 )
+@pytest.mark.sampled
 def test_a_loop_with_a_gradient_tape_projects_once_a_step(count, optimizer, mode):
     model, _ = tied_towers()
     optimizer = keras.optimizers.get(optimizer)
@@ -118,6 +119,7 @@ def test_a_loop_with_a_gradient_tape_projects_once_a_step(count, optimizer, mode
 
 @on_tensorflow
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.sampled
 def test_a_loop_inside_a_graph(jit):
     model, _ = tied_towers()
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
@@ -474,6 +476,7 @@ def test_both_sources_of_the_penalty_agree_beside_a_loss_of_the_model(rule):
     ("source", "mode"),
     [*((source, "graph") for source in PENALTIES), ("model.losses", "jit"), ("model.losses", "eager")],
 )
+@pytest.mark.sampled
 def test_a_loop_with_a_penalty_pulls_the_members_as_the_formula_does(source, mode):
     model, registry = soft_towers(MeanL2)
     members = kernels(model)
@@ -575,6 +578,7 @@ def test_a_step_projects_once_with_each_optimizer(count, optimizer):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_a_step_projects_once_inside_loss_scaling_in_each_way_to_run_it(count, mode):
     model, registry = tied_towers(2)  # Keras's own scaling needs the scope of `fit` on JAX
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=8.0)
@@ -598,6 +602,7 @@ def test_a_step_projects_each_of_two_groups_once(count):
     ("optimizer", "mode"),
     [*(("sgd", mode) for mode in MODES if mode != "eager"), *((name, "eager") for name in ("sgd", "rmsprop", "adam"))],
 )
+@pytest.mark.sampled
 def test_a_step_with_the_sparse_gradients_of_embeddings_projects_once(count, optimizer, mode):
     entrance = keras.Input((2,), dtype="int32")
     layers = [keras.layers.Embedding(6, 3, embeddings_constraint=Equal("words")) for _ in range(4)]
@@ -631,6 +636,7 @@ def test_the_gradients_of_embeddings_are_sparse_where_these_tests_rely_on_it():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_each_of_two_optimizers_projects_once_a_step(count, mode):
     model, _ = tied_towers(4)
     members = kernels(model)
@@ -726,6 +732,7 @@ def test_a_step_in_which_no_member_has_a_gradient_does_not_project(count):
 
 
 @pytest.mark.parametrize("rule", [Equal(), Equal(rate=0.5), MeanL2(factor=0.5)])
+@pytest.mark.sampled
 def test_a_step_leaves_no_tensors_with_the_group(rule):
     layers = [keras.layers.Dense(2, use_bias=False) for _ in range(3)]
     entrance = keras.Input((3,))

@@ -177,6 +177,7 @@ def test_sparse_gradients_stay_sparse_unless_one_is_dense(dense):
     [((0,), QUICK), ((0, 1, 2), QUICK), *(((2,), mode) for mode in MODES if mode != QUICK)],
     ids=str,
 )
+@pytest.mark.sampled
 def test_a_group_with_a_frozen_member_stays_while_the_rest_trains(frozen, mode):
     keras.utils.set_random_seed(1)
     model = towers(3, frozen=frozen)
@@ -219,6 +220,7 @@ def test_schedules_and_learning_rates_are_the_inner_optimizers():
 
 
 @pytest.mark.parametrize("around", [False, True])
+@pytest.mark.sampled
 def test_callbacks_set_the_learning_rate(around):
     model, registry, optimizer = tied_towers(inner=keras.optimizers.SGD(0.5))
     outer = keras.optimizers.LossScaleOptimizer(optimizer) if around else optimizer
@@ -246,6 +248,7 @@ def test_the_monitor_finds_nothing_to_repair_when_weights_are_averaged():
 
 @pytest.mark.skipif(KERAS_3_5, reason="SwapEMAWeights of Keras 3.5 takes averages for those of all variables, in order")
 @pytest.mark.parametrize("on_epoch", [False, True])
+@pytest.mark.slow
 def test_swapped_averages_reach_all_members_with_the_monitor_after_the_swap(on_epoch):
     results = []
     for shared in (True, False):
@@ -279,6 +282,7 @@ def test_nothing_is_found_by_diagnose_that_concerns_members_one_by_one():
 
 
 @pytest.mark.parametrize(("by_hand", "scaled"), [(False, False), (True, True)])
+@pytest.mark.sampled
 def test_a_loaded_model_links_itself_and_trains_on_as_if_there_had_been_no_break(tmp_path, by_hand, scaled):
     model, registry, optimizer = tied_towers(by_hand=by_hand)
     model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse", **MODES[QUICK])
@@ -428,6 +432,7 @@ def test_ties_that_change_after_slots_were_made_are_an_error():
 
 @pytest.mark.skipif(BACKEND == "jax", reason="an optimizer refuses another number of variables than it was built for")
 @pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.sampled
 def test_a_member_that_is_frozen_later_holds_the_group(frozen):
     model, registry, optimizer = tied_towers(2)
     model.compile(optimizer, "mse", **MODES[QUICK])
@@ -512,6 +517,7 @@ def test_settings_are_those_of_the_inner_optimizer():
 
 
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.sampled
 def test_a_swap_of_averages_knows_the_wrapper(scaled):
     model, registry, optimizer = tied_towers(inner=keras.optimizers.SGD(0.1, use_ema=True))
     model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse")
@@ -561,6 +567,7 @@ def freeze(model, names):
 
 
 @pytest.mark.parametrize("stages", [("", "first"), (("first", "second"), "second"), (("first", "second"), "")])
+@pytest.mark.sampled
 def test_what_one_optimizer_cannot_follow_asks_for_a_new_one(stages):
     model, registry = staged(stages[0])
     x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")

@@ -63,6 +63,7 @@ class Move(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("way", STEPS)
+@pytest.mark.sampled
 def test_every_step_sees_the_value_that_the_teacher_has_then(way, mode):
     rule, step = STEPS[way]
     student, teacher, _ = pair(rule, view=Transpose() if way == "hard" else None)
@@ -98,6 +99,7 @@ def test_several_steps_in_one_call_see_the_teacher():
 
 
 @pytest.mark.parametrize("rule", [Equal(rate=0.5), MeanL2(factor=1.0)], ids=["partial", "soft"])
+@pytest.mark.sampled
 def test_a_teacher_that_is_deleted_pulls_on_and_goes_with_its_student(rule):
     student, teacher, registry = pair(rule)
     teach(teacher, 8.0)

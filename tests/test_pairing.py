@@ -36,6 +36,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.sampled
 def test_layers_pair_their_weights_by_their_place(kind):
     make, places = BLOCKS[kind]
     layers = [make() for _ in range(3)]
@@ -103,6 +104,7 @@ def test_a_frozen_block_is_an_anchor():
     assert bitwise_equal(teacher.kernel, student.kernel)
 
 
+@pytest.mark.slow
 def test_tied_transformer_blocks_stay_equal_in_training():
     class Block(keras.layers.Layer):
         def __init__(self, **kwargs):

@@ -190,6 +190,7 @@ def compiled(name, mode):
 @pytest.mark.parametrize("name", ["pairwise_norm", "trace_norm"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("few", [0, 10**6])
+@pytest.mark.sampled
 def test_a_step_of_every_mode_knows_norms_at_every_magnitude(name, mode, few, monkeypatch):
     monkeypatch.setattr(penalties, "_FEW", few)
     step = compiled(name, mode)

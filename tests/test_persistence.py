@@ -35,6 +35,7 @@ def through_json(registry):
 
 
 @pytest.mark.parametrize("duplicate", [through_json, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+@pytest.mark.sampled
 def test_ties_made_by_hand_are_made_again_in_a_clone(duplicate):
     model, registry = tied_autoencoder()
     restored = duplicate(registry)
@@ -217,6 +218,7 @@ def weights_in_pairs(towers):
 
 
 @pytest.mark.parametrize("names", NAMES)
+@pytest.mark.sampled
 def test_two_copies_of_a_backbone_are_tied_saved_and_linked_by_place(names, tmp_path):
     model, towers = two_backbones(*NAMES[names])
     registry = equalize.GroupRegistry()

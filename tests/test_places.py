@@ -48,6 +48,7 @@ def run(name, way, dtype):
     ("name", "way", "dtype"),
     [case(name, way, dtype, way=way, dtype=dtype) for name in PLACES[BACKEND] for way, dtype in tried(name)],
 )
+@pytest.mark.sampled
 def test_copies_and_members_are_equal_after_every_step(name, way, dtype):
     found = run(name, way, dtype)
     assert len(found.copies) == STEPS + 1  # and once more at the end
@@ -69,6 +70,7 @@ def expected_copies(name, member):
     ("name", "way"),
     [case(name, way, way=way, dtype=dtype) for name in OTHERS for way, dtype in tried(name) if dtype == "float32"],
 )
+@pytest.mark.sampled
 def test_the_numbers_are_those_of_one_device(name, way):
     if KERAS_3_5 and (BACKEND == "tensorflow" or "ModelParallel" in name):
         pytest.skip("Keras 3.5 gives other numbers there than on one device, for untied models as well")

@@ -70,6 +70,7 @@ def test_members_are_compared_through_their_views():
     assert plots._distances(group, lambda: None)[0, 1] == 5.0
 
 
+@pytest.mark.slow
 def test_many_groups_and_members_and_what_is_not_a_number(tmp_path, drawn):
     model = towers(20)
     layers = [model.get_layer(f"tower_{i}") for i in range(20)]

@@ -39,6 +39,7 @@ def test_links_lead_to_headings_and_every_recipe_is_in_the_contents():
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=title)
+@pytest.mark.slow
 def test_example(block, tmp_path, monkeypatch):
     needs = re.match(r"# needs: (\w+)(?:>=([\d.]+))?\n", block)
     if needs:

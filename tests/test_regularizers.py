@@ -123,6 +123,7 @@ class Weight(keras.layers.Layer):
 
 
 @pytest.mark.parametrize(("mode", "few"), [*((mode, penalties._FEW) for mode in MODES), (XLA, 0)])
+@pytest.mark.sampled
 def test_a_step_of_fit_is_the_step_by_hand(mode, few, monkeypatch):
     monkeypatch.setattr(penalties, "_FEW", few)  # with 0, small groups take the forms that large ones do
     rules = RULES if few else [PairwiseL1, PairwiseNorm]  # which have other forms

@@ -49,6 +49,7 @@ FACTORS = {"free": 1.0, "soft": 1 - 2 * 0.1 * 0.5, "partial": 0.75, "hard": 0.0}
 
 
 @pytest.mark.parametrize(("mode", "compile_again"), [*((mode, False) for mode in MODES), (QUICK, True)])
+@pytest.mark.sampled
 def test_every_switch_takes_effect_in_the_next_fit(mode, compile_again):
     model, registry, group = apart()
     model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
@@ -78,6 +79,7 @@ class Switch(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_every_switch_takes_effect_in_the_next_step_inside_a_running_fit(mode):
     model, registry, _ = apart()
     model.compile(keras.optimizers.SGD(0.1), no_loss, **MODES[mode])
@@ -89,6 +91,7 @@ def test_every_switch_takes_effect_in_the_next_step_inside_a_running_fit(mode):
     np.testing.assert_allclose(spreads, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_road_ends_in_an_exact_tie():
     model, registry, group = apart(3)
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
@@ -232,6 +235,7 @@ def test_a_matrix_counts_the_members_that_are_left():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_ties_made_and_taken_away_after_training_are_followed_without_compiling_anew(mode):
     model, registry, _ = apart()
     registry.untie()

@@ -37,6 +37,7 @@ def spreads(model, schedule, *, epochs=4, mode=QUICK):
 @pytest.mark.parametrize(
     ("rule", "slope", "mode"), [(PairwiseL2, 4 * RATE, QUICK), *((MeanL2, 2 * RATE, mode) for mode in MODES)]
 )
+@pytest.mark.sampled
 def test_a_factor_that_changes_is_seen_by_the_steps_of_its_epoch(rule, slope, mode):
     model, registry = apart(rule(factor=1.0))
     factors = [0.0, 0.5, 2.0, 0.25]
@@ -48,6 +49,7 @@ def test_a_factor_that_changes_is_seen_by_the_steps_of_its_epoch(rule, slope, mo
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_a_rate_that_changes_is_seen_by_the_steps_of_its_epoch_and_may_become_hard(mode):
     model, registry = apart(Equal(rate=0.5))
     rates = [0.5, 0.125, 0.75, 1.0, 0.5]
@@ -71,6 +73,7 @@ def test_a_change_of_the_factor_traces_nothing_anew(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_float16"])
+@pytest.mark.sampled
 def test_factors_and_rates_in_other_precisions(dtype):
     for rule, shrunk in ((MeanL2(factor=1.0), 1 - RATE), (Equal(rate=0.25), 0.5)):
         model, registry = apart(rule, dtype=dtype)
@@ -78,6 +81,7 @@ def test_factors_and_rates_in_other_precisions(dtype):
         assert found[1] == pytest.approx(8.0 * shrunk, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_schedules_of_keras():
     for schedule, expected in (
         (keras.optimizers.schedules.PolynomialDecay(0.0, 4, 1.0), [0.0, 0.25, 0.5, 0.75]),

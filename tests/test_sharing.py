@@ -45,6 +45,7 @@ def test_two_kernels_become_one_variable_that_the_optimizer_sees_once():
     assert len(model.optimizer.variables) == 2 + 2 * (before - 1)
 
 
+@pytest.mark.slow
 def test_the_run_is_that_of_one_layer_used_twice():
     results = []
     for way in ("one layer", "share"):

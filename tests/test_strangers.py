@@ -155,6 +155,7 @@ def test_the_biases_of_attention_which_differ_in_shape_are_tied_as_layers():
 
 
 @pytest.mark.parametrize("name", [*FAMILIES[:3], pytest.param(FAMILIES[3], marks=pytest.mark.slow)])
+@pytest.mark.sampled
 def test_each_layer_that_takes_constraints_is_trained_saved_linked_and_trained_again(name, tmp_path):
     kinds = [kind for kind in kinds_with_constraints() if family(kind) == name]
     model = model_of_twins(kinds)
@@ -308,6 +309,7 @@ def jax_layer(seed):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch does not run functions of JAX")
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.slow
 def test_functions_of_jax_are_tied(exact):
     pytest.importorskip("jax")
     inputs = keras.Input((4,))
@@ -372,6 +374,7 @@ def test_layers_in_lists_and_dictionaries_that_declare_rules(tmp_path):
     train_nested(loaded, equalize.GroupRegistry().link(loaded))
 
 
+@pytest.mark.slow
 def test_layers_in_lists_and_dictionaries_that_are_tied_and_found_again_in_a_copy(tmp_path):
     model = built_nested(False)
     registry = equalize.GroupRegistry()

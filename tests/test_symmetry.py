@@ -87,6 +87,7 @@ def test_config_round_trip():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_filters_stay_invariant_in_training(mode, tmp_path):
     symmetry._orbits.cache_clear()  # so that the first to ask is the step
     symmetry._signed_permutations.cache_clear()

@@ -32,6 +32,7 @@ def train(model, kind):
 
 
 @pytest.mark.parametrize("kinds", [("hard", "hard"), ("hard", "exact"), ("soft", "exact")], ids=str)
+@pytest.mark.slow
 def test_two_threads_train_as_one_after_the_other(kinds):
     alone = [train(build(kind), kind) for kind in kinds]
     models = [build(kind) for kind in kinds]

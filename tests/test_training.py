@@ -172,6 +172,7 @@ def test_members_are_bitwise_equal_in_each_way_to_run_a_step(n, mode):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has no `steps_per_execution` there")
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
+@pytest.mark.sampled
 def test_members_are_bitwise_equal_when_several_steps_are_run_at_once(mode):
     model, registry = tied_towers()
     train_apart(model, registry, biases(model), mode=mode, steps_per_execution=2)
@@ -194,6 +195,7 @@ def set_policy():
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.sampled
 def test_members_are_bitwise_equal_in_half_and_mixed_precision(set_policy, policy):
     set_policy(policy)
     model, registry = tied_towers()
@@ -206,6 +208,7 @@ def test_members_are_bitwise_equal_in_half_and_mixed_precision(set_policy, polic
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_a_step_that_loss_scaling_skips_changes_nothing(mode):
     model, _ = tied_towers()
     x, y = data()
@@ -311,6 +314,7 @@ def test_layers_of_every_kind_stay_tied_until_they_are_untied():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_a_row_that_one_embedding_looked_up_moves_in_all_and_a_row_that_none_did_stays(mode):
     entrances = [keras.Input((2,), dtype="int32") for _ in range(2)]
     layers = [keras.layers.Embedding(6, 3, embeddings_constraint=Equal("words")) for _ in range(2)]
@@ -334,6 +338,7 @@ def test_a_row_that_one_embedding_looked_up_moves_in_all_and_a_row_that_none_did
     [((1,), QUICK), *(((0, 2), mode) for mode in OTHERS)],
     ids=str,
 )
+@pytest.mark.sampled
 def test_members_without_a_gradient_follow_the_others(connected, mode):
     entrance = keras.Input((5,))
     layers = [keras.layers.Dense(4, activation="tanh", kernel_constraint=Equal("towers")) for _ in range(3)]
@@ -411,6 +416,7 @@ def run_of_one_optimizer():
 
 
 @pytest.mark.parametrize(("part", "mode"), [((1, 2), QUICK), *(((0,), mode) for mode in OTHERS)], ids=str)
+@pytest.mark.sampled
 def test_two_optimizers_in_one_step_that_each_train_a_part_of_a_group_are_one_for_all(part, mode):
     expected = run_of_one_optimizer()
     plain, _ = seeded_towers()
@@ -463,6 +469,7 @@ def test_a_group_over_two_models_follows_the_one_that_trains_or_says_that_it_can
         assert bits(kernels(models[1])[0]) != before
 
 
+@pytest.mark.slow
 def test_the_same_model_trains_again_with_and_without_compiling_anew():
     model, registry = tied_towers()
     train_apart(model, registry, biases(model), epochs=1, optimizer="sgd")
@@ -481,6 +488,7 @@ def test_the_same_model_trains_again_with_and_without_compiling_anew():
 
 
 @pytest.mark.parametrize("frozen", [(0,), (2,), (0, 2)], ids=str)
+@pytest.mark.sampled
 def test_frozen_members_never_move_and_the_others_take_their_value(frozen):
     model, registry = tied_towers(frozen=frozen)
     anchor = bits(kernels(model)[frozen[0]])
@@ -503,6 +511,7 @@ def test_frozen_members_never_move_and_the_others_take_their_value(frozen):
         ("loss scale", QUICK),
     ],
 )
+@pytest.mark.sampled
 def test_members_take_the_value_of_a_frozen_one_in_each_way_to_run_a_step(way, mode):
     if (way, BACKEND) == ("several", "torch"):
         pytest.skip("Keras has no `steps_per_execution` there")
@@ -716,6 +725,7 @@ def test_a_partial_tie_of_variables_shrinks_every_distance_in_each_way_to_run_a_
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_a_partial_tie_pulls_to_a_frozen_member_by_its_rate_each_step(mode):
     model, _ = tied_towers(frozen=(1,), rate=0.25)
     for seed, kernel in enumerate(kernels(model)):

@@ -22,6 +22,7 @@ def test_the_script_uses_every_public_name():
     assert {name.rpartition(".")[2] for name in PUBLIC} - returned <= used
 
 
+@pytest.mark.slow
 def test_strict_checking_finds_what_is_wrong_and_nothing_else(tmp_path):
     pytest.importorskip("pyright")
     script = SCRIPT.read_text("utf-8")

@@ -202,6 +202,7 @@ def regression():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
 def test_hard_ties_hold_through_views_after_every_step(mode):
     model, registry, layers = tie(Equal())
     assert set(registry.spread().values()) == {0.0}
@@ -303,6 +304,7 @@ INNER = {
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.sampled
 def test_a_compiled_step_gives_all_members_one_value(optimizer):
     """XLA would compute it anew for each, and round it differently (JAX 0.12 on CPUs)."""
     entrance = keras.Input((4,))

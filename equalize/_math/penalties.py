@@ -39,7 +39,8 @@ def pairwise_l2(values: Sequence[Tensor], factors: np.ndarray | None = None) -> 
     """Σ_{i<j} f_ij · ‖w_i − w_j‖². Without factors it is n · Σ_i ‖w_i − mean‖², which forms no pair."""
     if factors is None:
         return mean_l2(values) * len(values)
-    return _with_slopes(values, *_over_graph(_constants(values), factors, _squared, _squared_rows))
+    total, slopes = _over_graph(_constants(values), factors, _squared, _squared_rows)
+    return backend.with_gradients(total, values, slopes)
 
 
 def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -> Tensor:
@@ -49,20 +50,21 @@ def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -
     # Room for 2**40 squares in a sum.
     power = _power(constants, np.finfo(backend.dtype(values[0])).maxexp // 2 - 20)
     total, slopes = _over_graph([value * power for value in constants], factors, _norm, _norm_rows)
-    return _with_slopes(values, total / power, slopes)
+    return backend.with_gradients(total / power, values, slopes)
 
 
 def chain_l2(values: Sequence[Tensor]) -> Tensor:
     """Σ_i ‖w_{i+1} − w_i‖²."""
     pairs = [(i, i + 1, 1.0) for i in range(len(values) - 1)]
-    return _with_slopes(values, *_over_pairs(_constants(values), pairs, _squared))
+    total, slopes = _over_pairs(_constants(values), pairs, _squared)
+    return backend.with_gradients(total, values, slopes)
 
 
 def pairwise_l1(values: Sequence[Tensor]) -> Tensor:
     """Σ_{i<j} ‖w_i − w_j‖₁, whose gradient is, in each coordinate, the number of members below less that above."""
     pairs, constants = [(i, j, 1.0) for j in range(len(values)) for i in range(j)], _constants(values)
-    found = _over_pairs(constants, pairs, _absolute) if len(pairs) <= _FEW else _by_rank(constants)
-    return _with_slopes(values, *found)
+    total, slopes = _over_pairs(constants, pairs, _absolute) if len(pairs) <= _FEW else _by_rank(constants)
+    return backend.with_gradients(total, values, slopes)
 
 
 def trace_norm(values: Sequence[Tensor]) -> Tensor:
@@ -83,7 +85,7 @@ def trace_norm(values: Sequence[Tensor]) -> Tensor:
     inverse = ops.where(singular <= noise, 0.0, 1.0 / singular)
     slopes = ops.unstack((vectors * inverse) @ rotated)
     shape = values[0].shape
-    return _with_slopes(values, ops.sum(singular) / power, [ops.reshape(slope, shape) for slope in slopes])
+    return backend.with_gradients(ops.sum(singular) / power, values, [ops.reshape(slope, shape) for slope in slopes])
 
 
 # Singular values below this part of the largest are rounding, and have the subgradient 0.
@@ -108,11 +110,6 @@ def _power(values: Sequence[Tensor], exponent: int) -> Tensor:
 def _constants(values: Sequence[Tensor]) -> list[Tensor]:
     """The values without gradients, for penalties whose gradients are computed with them."""
     return [ops.stop_gradient(value) for value in values]
-
-
-def _with_slopes(values: Sequence[Tensor], total: Tensor, slopes: Sequence[Tensor]) -> Tensor:
-    """A penalty with its gradients."""
-    return backend.with_gradients(total, values, slopes)
 
 
 def _over_graph(values: Sequence[Tensor], factors: np.ndarray, term: Term, terms: Term) -> tuple[Tensor, list[Tensor]]:
