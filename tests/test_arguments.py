@@ -464,9 +464,15 @@ class Tried:
                 self.renew()
 
 
-def try_all(name, junk_of):
+@pytest.fixture(scope="module")
+def tried():
+    """One world for all tests, as long as nothing that they do changes it."""
+    return Tried()
+
+
+def try_all(tried, name, junk_of):
     """Calls with every piece of junk that `junk_of` chooses for a place in an argument."""
-    tried = Tried()
+    before = tried.cases, tried.taken
     places = [
         (key, place)
         for key, good in CALLS[name][1](tried.world).items()
@@ -478,10 +484,10 @@ def try_all(name, junk_of):
             value = list(variants(good[key], lambda junk=junk: JUNK[junk](tried.world)))[place]()
             if not (key in FUNCTIONS and callable(value)):
                 tried.call(name, {**good, key: value})
-    return tried
+    assert 0 <= tried.taken - before[1] < tried.cases - before[0]  # a path of a picture, say, is never taken
 
 
-def sample_of(name, key, place, size=10):
+def sample_of(name, key, place, size=6):
     """Junk for one place, the same in every run, and different from place to place."""
     return random.Random(f"{name} {key} {place}").sample(sorted(JUNK), size)
 
@@ -499,23 +505,20 @@ def test_all_junk_is_tried_somewhere():
 
 @pytest.mark.filterwarnings("ignore")  # Keras and NumPy may warn of what they are given before it is refused
 @pytest.mark.parametrize("name", CALLS)
-def test_a_bad_argument_is_an_error_that_changes_nothing(name):
-    tried = try_all(name, lambda key, place: sample_of(name, key, place))
-    assert 0 <= tried.taken < tried.cases
+def test_a_bad_argument_is_an_error_that_changes_nothing(tried, name):
+    try_all(tried, name, lambda key, place: sample_of(name, key, place))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the checks are the same on each backend, and take minutes")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLS)
-def test_every_bad_argument_in_every_place_is_an_error_that_changes_nothing(name):
-    tried = try_all(name, lambda key, place: JUNK)
-    assert 0 <= tried.taken < tried.cases  # a path of a picture, say, is never taken
+def test_every_bad_argument_in_every_place_is_an_error_that_changes_nothing(tried, name):
+    try_all(tried, name, lambda key, place: JUNK)
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_same_thing_twice_is_an_error_or_no_harm(name):
-    tried = Tried()
+def test_the_same_thing_twice_is_an_error_or_no_harm(tried, name):
     for key, good in CALLS[name][1](tried.world).items():
         if isinstance(good, list):
             tried.call(name, {**CALLS[name][1](tried.world), key: [good[0], *good]})

@@ -149,6 +149,7 @@ def test_every_way_trains_and_the_hard_ones_stay_equal(autoencoders):
         assert (record["spread"] == 0.0) == ways.WAYS[name].hard, name
 
 
+@pytest.mark.slow
 def test_the_exact_way_has_the_numbers_of_the_shared_variable(autoencoders):
     (exact,), (reference,) = autoencoders["exact"], autoencoders["reference"]
     assert exact["free_weights"] == reference["free_weights"] < autoencoders["untied"][0]["free_weights"]

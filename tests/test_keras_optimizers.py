@@ -187,6 +187,7 @@ def marks_of(case, name, twins):
         yield pytest.mark.slow
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("case", "name", "twins"), list(cases()))
 def test_the_numbers_of_keras_own_tests_come_out(case, name, twins):
     with every_optimizer_wrapped(twins):

@@ -292,6 +292,7 @@ def embeddings():
     return entrance, [keras.layers.Flatten()(layer(entrance)) for layer in layers]
 
 
+@pytest.mark.slow
 def test_layers_of_every_kind_stay_tied_until_they_are_untied():
     entrances, outputs = zip(
         *(build() for build in (convolutions, recurrences, attentions, normalizations, embeddings)), strict=True
