@@ -11,7 +11,7 @@ from benchmarks.task import Case, Record
 class Journal:
     """The finished cases of a run: one line of JSON each, below one line with the settings.
 
-    A file with other settings, for instance another seed or another version of a package, starts anew.
+    A file with other settings, for instance another seed or another version of a package, starts over.
 
     Args:
         path: The file.

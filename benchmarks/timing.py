@@ -56,7 +56,7 @@ def interleave(
         make_steps: For each way, what makes its training step; "untied" is among them.
         rounds: How many rounds to time.
         steps: How many steps of a way to time at a stretch within a round.
-        generator: Draws the order of the ways anew in each round.
+        generator: Draws a new order of the ways for each round.
     """
     made = {}
     for name, make_step in make_steps.items():

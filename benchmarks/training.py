@@ -1,4 +1,4 @@
-"""A compiled model that trains from one start after another: tracing it anew each time would take longer."""
+"""A compiled model that trains from one start after another: retracing it each time would take longer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from keras import ops
 from benchmarks import ways
 
 Build = Callable[[ways.Way], tuple[keras.Model, ways.Groups]]
-"""Makes a model, and says what of it is to be tied."""
+"""Makes a model, and says which parts are tied."""
 
 STRETCH = 16
 """Steps that run in TensorFlow without a return to Python. A way that has callbacks returns after each."""

@@ -44,7 +44,7 @@ class NotLinkedError(EqualizeError):
 class GroupMismatchError(EqualizeError):
     """The members of a group do not fit together: shapes, dtypes, rules, anchors, or the groups themselves.
 
-    The message lists every member with its path, shape and dtype. A kernel that is to be the transpose of another
+    The message lists every member with its path, shape and dtype. A kernel that should be the transpose of another
     needs a view, `(decoder.kernel, equalize.views.Transpose())`.
 
     Example:

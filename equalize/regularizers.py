@@ -180,8 +180,7 @@ class PairwiseL2(_Shipped):
     costs O(n) as well.
 
     With a matrix as `factor` every pair has its own, Σ_{i<j} factor_ij · ‖w_i − w_j‖²: the graph Laplacian of the
-    members, for tasks of which it is known who resembles whom. That costs as many differences as the matrix has
-    pairs.
+    members, for tasks with known relations. That costs as many differences as the matrix has pairs.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
@@ -272,8 +271,8 @@ class PairwiseL1(_Shipped):
     """Pulls the variables of a group to each other, weight by weight: factor · Σ_{i<j} ‖w_i − w_j‖₁.
 
     At a finite factor the minimizer has weights in which members agree exactly, in each entry another set of them:
-    the members may differ in a few weights and share all others. Members that are to be equal as a whole or not at
-    all need `PairwiseNorm`.
+    the members may differ in a few weights and share all others. For members that agree as a whole or not at all, take
+    `PairwiseNorm`.
 
     In each entry a member is pulled by the number of members above it less the number below it, which sorting tells
     without forming a pair: O(n log n) time for a group of n, and O(n) memory. Groups of up to 16 are compared

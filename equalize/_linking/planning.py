@@ -53,7 +53,7 @@ def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], i
 
 
 def plan(groups: Mapping[str, TiedGroup], name: str, members: list[Member], rule: Rule, initial: str) -> Plan:
-    """A group of members that a user named, beside the groups that there are."""
+    """A group of members that a user named, beside the existing groups."""
     if name in groups:
         raise GroupMismatchError(
             f"There is a group '{name}' already: {groups[name]!r}. Expected: a new name. Call `untie({name!r})` "
