@@ -1,0 +1,404 @@
+"""What `GroupRegistry.tie` refuses."""
+
+import keras
+import numpy as np
+from keras import ops
+
+import equalize
+from equalize.constraints import Equal
+from equalize.regularizers import MeanL2, PairwiseL2
+from tests.messages import dense, kernels, message, model_of, refusing, tied, variable
+
+
+@message(
+    """
+    `name` must be a string, the name of the group. Received: 3 of type <class 'int'>.
+    """
+)
+def name_of_another_type():
+    equalize.GroupRegistry().tie(3, kernels("left", "right"), Equal())
+
+
+@message(
+    """
+    `name` must not be empty. Expected the name of the group. Received: ' ' of type <class 'str'>.
+    """
+)
+def empty_name():
+    equalize.GroupRegistry().tie(" ", kernels("left", "right"), Equal())
+
+
+@message(
+    """
+    `rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()`
+    or `equalize.regularizers.MeanL2(factor=0.01)`. Received: 'Equal' of type <class 'str'>.
+    """
+)
+def class_in_place_of_a_rule():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), "Equal")
+
+
+@message(
+    """
+    `tie` was given the name 'pair' and a rule of group 'towers'. Expected: one name. Leave the group
+    out of the rule: Equal().
+    """
+)
+def two_names():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal("towers"))
+
+
+@message(
+    """
+    There is a group 'pair' already: <Group 'pair': Equal(), 2 members>. Expected: a new name. Call
+    `untie('pair')` first, or choose another name.
+    """
+)
+def name_that_is_taken():
+    registry, layers = tied()
+    registry.tie("pair", [layer.bias for layer in layers], Equal())
+
+
+@message(
+    """
+    `members` of 'pair' must be a list of variables, arrays or layers. Received: 'left, right' of type
+    <class 'str'>.
+    """
+)
+def members_that_are_no_list():
+    equalize.GroupRegistry().tie("pair", "left, right", Equal())
+
+
+@message(
+    """
+    Group 'pair' has no members. Expected: at least two variables, arrays or layers. Received: [].
+    """
+)
+def no_members():
+    equalize.GroupRegistry().tie("pair", [], Equal())
+
+
+@message(
+    """
+    Group 'pair' has one member: layer 'left'. Expected: at least two layers. To tie weights inside one
+    layer, name its variables.
+    """
+)
+def one_layer():
+    equalize.GroupRegistry().tie("pair", dense("left"), Equal())
+
+
+@message(
+    """
+    Cannot tie 'pair': expected either layers or variables; received the layer 'left' and a variable.
+    Name the variables of the layer, for instance `left.kernel`.
+    """
+)
+def layers_and_variables():
+    left, right = dense("left", "right")
+    equalize.GroupRegistry().tie("pair", [left, right.kernel], Equal())
+
+
+@message(
+    """
+    Cannot tie 'pair': expected either layers or variables; received the layer 'model' and a list. Name
+    the variables of the layer, for instance `model.weights[0]`.
+    """
+)
+def a_model_and_its_weights():
+    model = model_of(*dense("left"))
+    equalize.GroupRegistry().tie("pair", [model, model.get_weights()], MeanL2())
+
+
+@message(
+    """
+    Cannot tie 'pair': expected either layers or variables; received the layer 'left' and a ndarray.
+    Build the layer and name its variables.
+    """
+)
+def an_unbuilt_layer_and_an_array():
+    equalize.GroupRegistry().tie("pair", [keras.layers.Dense(3, name="left"), np.ones((4, 3))], MeanL2())
+
+
+@message(
+    """
+    Cannot tie a member into group 'pair': expected a variable or a pair of a variable and a view, for
+    instance `(layer.kernel, equalize.views.Transpose())`; received ('right', 'Transpose') of type
+    <class 'tuple'>.
+    """
+)
+def pair_without_a_view():
+    (left,) = kernels("left")
+    equalize.GroupRegistry().tie("pair", [left, ("right", "Transpose")], Equal())
+
+
+@message(
+    """
+    Cannot tie a member into group 'pair': expected a `keras.Variable` (for instance `layer.kernel`), a
+    built layer, or an array; received 'right' of type <class 'str'>.
+    """
+)
+def member_of_another_type():
+    equalize.GroupRegistry().tie("pair", [*kernels("left"), "right"], Equal())
+
+
+@message(
+    """
+    Cannot tie layers into group 'pair': layer 'right' has no weights, since it is not built. Expected:
+    a built layer with weights. Build it, or call it once, before.
+    """
+)
+def layer_without_weights():
+    left, right = dense("left"), [keras.layers.Dense(3, name="right")]
+    equalize.GroupRegistry().tie("pair", [*left, *right], Equal())
+
+
+@message(
+    """
+    Cannot tie layers into group 'pair': their structures differ.
+    Expected, set by 'left' (Dense):
+        kernel (4, 3)
+        bias (3,)
+    Received 'right' (Dense):
+        kernel (4, 3)
+    Take layers of one structure, or their variables one by one.
+    """
+)
+def layers_of_different_structure():
+    left, right = dense("left"), dense("right", use_bias=False)
+    equalize.GroupRegistry().tie("pair", [*left, *right], Equal())
+
+
+@message(
+    """
+    Cannot tie 'decoder' into group 'autoencoder': expected shape (784, 64), set by 'encoder'; received
+    (64, 784). Give it a view, for instance equalize.views.Transpose().
+    Members:
+        'encoder' (784, 64) float32
+        'decoder' (64, 784) float32
+    """
+)
+def shapes_that_are_transposed():
+    equalize.GroupRegistry().tie(
+        "autoencoder", [variable((784, 64), "encoder"), variable((64, 784), "decoder")], Equal()
+    )
+
+
+@message(
+    """
+    Cannot tie 'two' into group 'pair': expected shape (4, 3), set by 'one'; received (4, 2). Tie
+    variables of one shape.
+    Members:
+        'one' (4, 3) float32
+        'two' (4, 2) float32
+    """
+)
+def shapes_that_differ():
+    equalize.GroupRegistry().tie("pair", [variable((4, 3), "one"), variable((4, 2), "two")], Equal())
+
+
+@message(
+    """
+    Cannot tie 'two' into group 'pair': expected dtype float32, set by 'one'; received float16. Tie
+    variables of one dtype.
+    Members:
+        'one' (2,) float32
+        'two' (2,) float16
+    """
+)
+def dtypes_that_differ():
+    equalize.GroupRegistry().tie("pair", [variable((2,), "one"), variable((2,), "two", "float16")], Equal())
+
+
+@message(
+    """
+    Cannot tie group 'pair': expected variables of a floating dtype; received int32. A mean of such
+    values is no such value. Tie trainable weights.
+    Members:
+        'one' (2,) int32
+        'two' (2,) int32
+    """
+)
+def integers():
+    equalize.GroupRegistry().tie(
+        "pair", [variable((2,), name, "int32", trainable=False) for name in ("one", "two")], Equal()
+    )
+
+
+@message(
+    """
+    Cannot tie group 'pair': 'left/kernel' (4, 3) float32 was given more than once. Expected: separate
+    variables; one variable in two layers is equal to itself without a tie.
+    Members:
+        'left/kernel' (4, 3) float32
+        'left/kernel' (4, 3) float32
+    """
+)
+def one_variable_twice():
+    (left,) = kernels("left")
+    equalize.GroupRegistry().tie("pair", [left, left], Equal())
+
+
+@message(
+    """
+    Cannot tie group 'pair': expected at least one variable; received only constants.
+    Members:
+        'constant' (2,) float32
+        'constant' (2,) float32
+    """
+)
+def only_constants():
+    equalize.GroupRegistry().tie("pair", [np.zeros(2, "float32"), np.zeros(2, "float32")], MeanL2())
+
+
+@message(
+    """
+    Cannot tie group 'three': expected 2 members, as PairwiseL2(factor=<2×2 matrix>) has; received 3.
+    Give `factor` a row and a column for each member, in this order.
+    Members:
+        'a/kernel' (4, 3) float32
+        'b/kernel' (4, 3) float32
+        'c/kernel' (4, 3) float32
+    """
+)
+def matrix_of_another_size():
+    equalize.GroupRegistry().tie("three", kernels("a", "b", "c"), PairwiseL2(factor=[[0, 1], [1, 0]]))
+
+
+@message(
+    """
+    Cannot tie 'left/kernel' into group 'other': it belongs to group 'pair' already (Equal()), and a
+    variable can be projected by one group only. Name all members in one group, or call `untie('pair')`
+    first.
+    Members:
+        'left/kernel' (4, 3) float32
+        'third/kernel' (4, 3) float32
+    """
+)
+def second_hard_group():
+    registry, layers = tied()
+    (third,) = dense("third")
+    registry.tie("other", [layers[0].kernel, third.kernel], Equal())
+
+
+@message(
+    """
+    Group 'pair' cannot be made equal: 'one' (2,) float32 and 'two' (2,) float32 do not move (they are
+    not trainable, or constants) and differ by up to 1. Expected: at most one value among the members
+    that do not move. Set the two to one value, or make one of them trainable.
+    """
+)
+def two_anchors():
+    held = [variable((2,), name, trainable=False, value=value) for name, value in (("one", 0.0), ("two", 1.0))]
+    equalize.GroupRegistry().tie("pair", held, Equal())
+
+
+@message(
+    """
+    Cannot tie 'left/kernel' into group 'pair': it has the constraint NonNeg already, and the rule
+    brings MaxNorm(max_value=2, axis=0) as `inner`. Expected: one of the two. Leave `inner` out to keep
+    what the variable has, or set `variable.constraint = None` first.
+    """
+)
+def constraint_beside_an_inner_one():
+    left, right = kernels("left", "right", kernel_constraint="non_neg")
+    equalize.GroupRegistry().tie("pair", [left, right], Equal(inner=keras.constraints.MaxNorm(2)))
+
+
+@message(
+    """
+    Cannot tie 'right/kernel' into group 'pair': expected a constraint that does what NonNeg of the
+    first member does; received none, which does something else to the common value. One common value
+    can obey one constraint: give all members the same, as their views show it, or none.
+    Members:
+        'left/kernel' (4, 3) float32: NonNeg
+        'right/kernel' (4, 3) float32: none
+    """
+)
+def constraints_that_differ():
+    (left,), (right,) = kernels("left", kernel_constraint="non_neg"), kernels("right")
+    equalize.GroupRegistry().tie("pair", [left, right], Equal())
+
+
+@message(
+    """
+    `tie` makes one group, and the rule brings another as `inner`: <MeanL2(factor=0.01) of group None>
+    of type <class 'equalize.regularizers.MeanL2'>. Expected: a rule without. Tie the two groups one
+    after the other; both rules are then on the variables.
+    """
+)
+def rule_inside_a_rule():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), MeanL2(inner=MeanL2()))
+
+
+@message(
+    """
+    Cannot tie an array into group 'pair': expected real numbers; received array(['a', 'b'],
+    dtype='<U1') of type <class 'numpy.ndarray'>.
+    """
+)
+def array_of_words():
+    equalize.GroupRegistry().tie("pair", [*kernels("left"), np.array(["a", "b"])], Equal())
+
+
+@message(
+    """
+    Cannot tie group 'pair': expected weights of the members whose mean can be computed; received
+    [1e+308, 1e+308]. Give weights nearer to 1.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def weights_without_a_mean():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(weight=1e308))
+
+
+def total(value):
+    return ops.sum(value)
+
+
+@message(
+    """
+    Cannot tie group 'pair': its rule has the `inner` total, which cannot be applied to the common
+    value. Expected: a constraint that returns a tensor of shape (4, 3). Received: a tensor of shape ().
+    Take another, or none.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def inner_that_changes_the_shape():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(inner=total))
+
+
+@message(
+    """
+    Cannot tie group 'pair': its rule has the `inner` refusing, which cannot be applied to the common
+    value. Expected: a constraint that returns a tensor of shape (4, 3). Received: RuntimeError('no').
+    Take another, or none.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def inner_that_cannot_be_applied():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(inner=refusing))
+
+
+@message(
+    """
+    `variable` must be a `keras.Variable`. Received: 'left/kernel' of type <class 'str'>.
+    """
+)
+def member_that_is_no_variable():
+    equalize.Member("left/kernel")
+
+
+@message(
+    """
+    `view` must be a view of `equalize.views`, or None. Received: 'Transpose' of type <class 'str'>.
+    """
+)
+def member_with_another_view():
+    equalize.Member(*kernels("left"), view="Transpose")
