@@ -10,7 +10,7 @@ import equalize
 from equalize._ties.bound import BoundConstraint
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
-from tests.conftest import bits, bitwise_equal, data, fit, kernels, towers
+from tests.conftest import BACKEND, bits, bitwise_equal, data, fit, kernels, towers
 
 
 def values(*variables):
@@ -177,3 +177,9 @@ def test_a_config_dict_is_taken_by_a_layer():
     config = keras.saving.serialize_keras_object(Equal("g"))
     layer = keras.layers.Dense(2, kernel_constraint=config)
     assert isinstance(layer.kernel_constraint, Equal)
+
+
+def test_a_hard_tie_brings_a_regularizer_where_a_step_on_jax_must_see_anchors_and_nowhere_else():
+    variables = [keras.Variable([1.0]) for _ in range(2)]
+    equalize.GroupRegistry().tie("pair", variables, Equal())
+    assert [variable.regularizer is None for variable in variables] == [BACKEND != "jax"] * 2

@@ -248,6 +248,28 @@ def test_under_mirrored_strategy(jit):
     registry.check(atol=1e-5)
 
 
+class Unchanged(GroupConstraint):
+    """Leaves the members as they are."""
+
+    def project(self, values):
+        return values
+
+
+class Finite(GroupConstraint):
+    """Puts zeros in the place of what is not a number."""
+
+    def project(self, values):
+        return [ops.where(value != value, ops.zeros_like(value), value) for value in values]
+
+
+@pytest.mark.parametrize(("rule", "spread"), [(Unchanged(), 0.0), (Finite(), float("inf"))], ids=str)
+def test_what_is_not_a_number_is_as_the_rule_has_it_or_far_from_it(rule, spread):
+    variables = [keras.Variable([1.0, 2.0]) for _ in range(2)]
+    group = equalize.GroupRegistry().tie("pair", variables, rule)
+    variables[0].assign([float("nan"), 2.0])
+    assert group.spread() == spread
+
+
 def test_rules_never_change():
     rule = EWC(fisher=[[1.0]])
     for name in ("factor", "fisher", "anything"):

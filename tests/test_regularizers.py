@@ -40,6 +40,22 @@ def shares(variables):
     return [variable.regularizer(variable) for variable in variables if variable.trainable]
 
 
+def test_a_rule_that_awaits_its_group_stays_inside_of_another():
+    layers = [keras.layers.Dense(2, kernel_regularizer=MeanL2("a")) for _ in range(2)]
+    for layer in layers:
+        layer.build((None, 3))
+    registry = equalize.GroupRegistry()
+    registry.tie("b", [layer.kernel for layer in layers], MeanL2())
+    with pytest.raises(NotLinkedError, match="group='a'"):
+        layers[0].kernel.regularizer(layers[0].kernel)
+    assert registry["b"].members[0].variable.regularizer.group is registry["b"]
+
+
+def test_a_matrix_without_entries_is_refused():
+    with pytest.raises(EqualizeError, match=r"an array of shape \(0, 0\)"):
+        PairwiseL2(factor=np.zeros((0, 0)))
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [(MeanL2, 7.0), (PairwiseL2, 21.0), (PairwiseNorm, 6.0), (PairwiseL1, 7.0), (ChainL2, 14.5), (TraceNorm, 4.5)],
