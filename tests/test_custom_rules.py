@@ -264,9 +264,9 @@ class Finite(GroupConstraint):
 
 @pytest.mark.parametrize(("rule", "spread"), [(Unchanged(), 0.0), (Finite(), float("inf"))], ids=str)
 def test_what_is_not_a_number_is_as_the_rule_has_it_or_far_from_it(rule, spread):
-    variables = [keras.Variable([1.0, 2.0]) for _ in range(2)]
+    variables = [keras.Variable([1.0, 2.0, 3.0]) for _ in range(2)]
     group = equalize.GroupRegistry().tie("pair", variables, rule)
-    variables[0].assign([float("nan"), 2.0])
+    variables[0].assign([1.0, 2.0, float("nan")])
     assert group.spread() == spread
 
 
