@@ -56,10 +56,10 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of tests that are `sampled` every day sees the first case, and `-m slow` the others."""
+    """Makes all cases of a `sampled` test slow but the first that is neither slow nor left out anyway."""
     seen = set()
     for item in items:
-        if item.get_closest_marker("sampled"):
+        if item.get_closest_marker("sampled") and not any(map(item.get_closest_marker, ("slow", "skip"))):
             function = item.nodeid.split("[")[0]
             if function in seen:
                 item.add_marker("slow")

@@ -555,8 +555,10 @@ def attack(examples):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_random_arguments_are_errors_that_change_nothing():
-    tried = attack(40)
+@pytest.mark.sampled
+@pytest.mark.parametrize("cases", [40, 100])
+def test_random_arguments_are_errors_that_change_nothing(cases):
+    tried = attack(cases)
     assert 0 < tried.taken < tried.cases
 
 

@@ -246,12 +246,16 @@ def try_optimizer(config):
     return "made"
 
 
-def test_a_mutated_registry_is_refused_or_whole():
-    assert attack(60, CONFIG, try_registry).keys() == {"refused", "not linked", "linked"}
+@pytest.mark.sampled
+@pytest.mark.parametrize("mutations", [60, 200])
+def test_a_mutated_registry_is_refused_or_whole(mutations):
+    assert attack(mutations, CONFIG, try_registry).keys() == {"refused", "not linked", "linked"}
 
 
-def test_a_mutated_optimizer_is_refused_or_made():
-    assert attack(20, optimizer_config(), try_optimizer).keys() == {"refused", "made"}
+@pytest.mark.sampled
+@pytest.mark.parametrize("mutations", [20, 50])
+def test_a_mutated_optimizer_is_refused_or_made(mutations):
+    assert attack(mutations, optimizer_config(), try_optimizer).keys() == {"refused", "made"}
 
 
 @pytest.mark.fuzz
