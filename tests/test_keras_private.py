@@ -47,6 +47,27 @@ def the_scope_in_which_shapes_are_inferred():
     assert not keras_private.in_symbolic_scope()
 
 
+def the_call_of_an_optimizer_that_runs():
+    seen = []
+
+    class Seeing(keras.constraints.Constraint):
+        def __call__(self, w):
+            seen.append(keras_private.applying())
+            return w
+
+    variables = [keras.Variable(1.0), keras.Variable(2.0)]
+    for variable in variables:
+        variable.constraint = Seeing()
+    optimizer = keras.optimizers.SGD(0.1)
+    for _ in range(2):
+        assert keras_private.applying() is None
+        optimizer.apply([ops.ones(())] * 2, variables)
+    first, again, second, _ = seen
+    assert first is again
+    assert first is not second
+    assert first.caller is optimizer
+
+
 def the_class_of_variables():
     assert keras_private.is_variable(model().layers[0].kernel)
     assert not keras_private.is_variable(ops.ones(2))
@@ -54,6 +75,12 @@ def the_class_of_variables():
 
 def the_value_of_a_variable():
     assert keras_private.held_value(keras.Variable(1.0)) is not None
+
+
+def the_values_of_variables():
+    variables = [keras.Variable(1.0), keras.Variable(2.0)]
+    values = keras_private.held_values(variables)
+    assert all(value is keras_private.held_value(v) for v, value in zip(variables, values, strict=True))
 
 
 def the_lists_of_variables():
@@ -135,6 +162,8 @@ USES = {
     "sublayers": the_layers_inside,
     "flattened": all_layers,
     "is_initialized": layers_whose_constructor_has_run,
+    "held_values": the_values_of_variables,
+    "applying": the_call_of_an_optimizer_that_runs,
     "replace_variable": tracking_another_variable,
     "replace_torch_parameter": the_parameters_that_torch_knows,
     "updated_variables": the_variables_of_an_optimizer,
@@ -155,7 +184,7 @@ def test_each_is_used_here():
 
 def test_no_other_file_uses_private_names_of_keras():
     trees = {file: ast.parse(file.read_text("utf-8")) for file in FOLDER.rglob("*.py")}
-    ours = {"_getframe", "_version"}  # of Python, and of PyTorch's tensors
+    ours = {"_getframe", "_version", "_foreach_copy_"}  # of Python, and of PyTorch
     for tree in trees.values():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):

@@ -7,6 +7,7 @@ their way through Keras's objects.
 import keras
 
 from equalize._backend.common import current_scope, dtype, in_symbolic_scope, is_purged, is_variable, is_visible
+from equalize._backend.keras_private import applying
 from equalize._backend.tensors import Tensor, WriteTracker
 
 if keras.backend.backend() == "tensorflow":
@@ -22,7 +23,7 @@ else:
     )
 
 __all__ = ["Tensor", "WriteTracker"]
-__all__ += ["current_scope", "dtype", "in_symbolic_scope", "is_purged", "is_variable", "is_visible"]
+__all__ += ["applying", "current_scope", "dtype", "in_symbolic_scope", "is_purged", "is_variable", "is_visible"]
 
 # ---- values of variables
 
@@ -47,6 +48,9 @@ array = _native.array
 own_copy = _native.own_copy
 """A value in a buffer of its own, where two variables must not hold one."""
 
+write = _native.write
+"""Assigns values to variables; returns what each of them holds then, without a copy of its own."""
+
 track_writes = _native.track_writes
 """Tracks whether a variable can have been written from now on; what cannot be known counts as written.
 
@@ -54,6 +58,9 @@ Keras calls the constraint of every member in one step, so the first call does t
 That is right only where no member can have changed in between. Keeps neither variable nor graph alive. `value` is what
 the variable holds or is about to hold, and `awaited` says that Keras has yet to write it.
 """
+
+track_all = _native.track_all
+"""Tracks whether any of some variables can have been written, or is gone, from now on: True while none has."""
 
 # ---- when and where computations run
 
@@ -108,6 +115,11 @@ scale_gradient = _native.scale_gradient
 
 sum_of_squares = _native.sum_of_squares
 """Σ x², a scalar."""
+
+# ---- arithmetic
+
+mix = _native.mix
+"""`(1 − share)·left + share·right`, and exactly `left` wherever both are the same number; nothing overflows."""
 
 # ---- layers
 

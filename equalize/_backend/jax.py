@@ -15,7 +15,7 @@ from keras import ops
 
 from equalize._backend.common import dtype, is_variable
 from equalize._backend.keras_private import held_value, in_symbolic_scope
-from equalize._backend.tensors import Tensor, WriteTracker, mark_nans
+from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one
 
 
 def is_raw_variable(x: Any) -> bool:
@@ -141,7 +141,21 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
     pass
 
 
+def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
+    return mix_in_passes(left, right, share)
+
+
+def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return list(values)
+
+
 def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:
     """Arrays and tracers never change: the same object is the same value."""
     then = weakref.ref(value)
     return lambda variable: variable.value if variable.value is then() else None
+
+
+def track_all(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> Callable[[], bool]:
+    return track_one_by_one(track_writes, variables, values)

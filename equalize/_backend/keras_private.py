@@ -4,10 +4,13 @@
 looks private in the package is our own, or an attribute that `TiedOptimizer` defines because Keras reads it.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
+
+_HELD = operator.attrgetter("_value")
 
 
 def stateless_scope() -> Any:
@@ -24,6 +27,17 @@ def in_symbolic_scope() -> bool:
     return in_symbolic_scope()
 
 
+def applying() -> Any:
+    """What stands for the call of an optimizer's `apply` that runs in this thread, one object a call; None outside.
+
+    Keras holds a name scope, whose caller is the optimizer, while it updates variables and calls their constraints.
+    """
+    from keras.src.backend.common.global_state import get_global_attribute
+
+    scopes = get_global_attribute("name_scope_stack")
+    return scopes[-1] if scopes and isinstance(scopes[-1].caller, keras.optimizers.Optimizer) else None
+
+
 def is_variable(x: Any) -> bool:
     """Whether something is a Keras variable; those of layers are no `keras.Variable` in Keras 3.5."""
     from keras.src.backend import Variable
@@ -34,6 +48,11 @@ def is_variable(x: Any) -> bool:
 def held_value(variable: keras.Variable) -> Any:
     """The value in a variable outside of all scopes; None while `fit` runs on JAX, when only the step holds it."""
     return variable._value
+
+
+def held_values(variables: Iterable[keras.Variable]) -> list[Any]:
+    """The values of several variables, without a call for each."""
+    return list(map(_HELD, variables))
 
 
 def own_variables(layer: keras.Layer) -> tuple[list[Any], list[Any]]:

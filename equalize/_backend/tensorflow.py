@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import ops
 
 from equalize._backend.keras_private import held_value, in_symbolic_scope
-from equalize._backend.tensors import Tensor, WriteTracker, mark_nans
+from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one
 
 # Below this many entries a launch of its own costs more than the passes over memory that fusing saves.
 _WORTH_FUSING = 2**15
@@ -165,6 +165,16 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
 _READING_OPERATIONS = frozenset({"ReadVariableOp", "ResourceGather", "VariableShape"})
 
 
+def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
+    return mix_in_passes(left, right, share)
+
+
+def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return list(values)
+
+
 def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:
     """In a graph: nothing but reads, and writes of the value, has been added to the handle. Eagerly: the same buffer.
 
@@ -194,6 +204,10 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
         return here.get_tensor_by_name(name) if here is graph() and changes(variable) == then else None
 
     return in_graph
+
+
+def track_all(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> Callable[[], bool]:
+    return track_one_by_one(track_writes, variables, values)
 
 
 def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:

@@ -1,6 +1,8 @@
 """The backend's functions on PyTorch, which runs eagerly."""
 
 import functools
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +13,12 @@ import numpy as np
 import torch
 from keras import ops
 
-from equalize._backend.common import is_variable
-from equalize._backend.keras_private import held_value, in_symbolic_scope, replace_torch_parameter
-from equalize._backend.tensors import Tensor, WriteTracker
+from equalize._backend.common import current_scope, is_variable
+from equalize._backend.keras_private import held_value, held_values, in_symbolic_scope, replace_torch_parameter
+from equalize._backend.tensors import Tensor, WriteTracker, mix_in_passes, track_one_by_one
+
+_VERSION = operator.attrgetter("_version")
+_DEREFERENCE = weakref.ref.__call__
 
 
 def is_raw_variable(x: Any) -> bool:
@@ -125,11 +130,36 @@ def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    return ops.sum(ops.square(x))
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat)  # one pass over memory
+
+
+def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
+    """In one or two passes over memory, where the operations' formulas are known and nothing overflows.
+
+    (w + w)·½ is w. `torch.lerp(w, v, s)` for s ≥ ½ is v − (v − w)·(1 − s), which is v where w is v, −0.0 as well.
+    """
+    if left.device.type != "cpu" or not isinstance(share, float) or torch.compiler.is_compiling():
+        return mix_in_passes(left, right, share)
+    if share == 0.5:
+        mixed = torch.add(left, right).mul_(0.5)
+    else:
+        mixed = torch.lerp(left, right, share) if share > 0.5 else torch.lerp(right, left, 1.0 - share)
+    return mixed if bool(torch.isfinite(mixed.sum())) else mix_in_passes(left, right, share)
 
 
 def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
     replace_torch_parameter(layer, old, new)
+
+
+def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
+    if current_scope() is not None:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+    elif variables:
+        with torch.no_grad():
+            torch._foreach_copy_([variable.value for variable in variables], list(values))
+    return [variable.value for variable in variables]  # which Keras copies onto itself for nothing
 
 
 def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:
@@ -141,3 +171,21 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
         return read(variable) if unwritten else None
 
     return versioned
+
+
+def track_all(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> Callable[[], bool]:
+    if current_scope() is not None:
+        return track_one_by_one(track_writes, variables, values)
+    tensors = held_values(variables)
+    versions = list(map(_VERSION, tensors))
+    references, then = list(map(weakref.ref, variables)), list(map(weakref.ref, tensors))
+
+    def none_written() -> bool:
+        """In loops that Python itself runs: each member of a group asks once a step."""
+        now = list(map(_DEREFERENCE, references))
+        if current_scope() is not None or not all(map(operator.is_not, now, itertools.repeat(None))):
+            return False
+        held = held_values(now)
+        return all(map(operator.is_, held, map(_DEREFERENCE, then))) and list(map(_VERSION, held)) == versions
+
+    return none_written

@@ -47,7 +47,7 @@ def relax(value: Tensor, target: Tensor, rate: float | Tensor) -> Tensor:
     dtype = keras.backend.standardize_dtype(value.dtype)
     value, target = widen(value), widen(target)
     rate = rate if isinstance(rate, float) else ops.cast(rate, value.dtype)
-    return ops.cast(_mix(value, target, rate), dtype)
+    return ops.cast(backend.mix(value, target, rate), dtype)
 
 
 def widen(value: Tensor) -> Tensor:
@@ -59,13 +59,4 @@ def widen(value: Tensor) -> Tensor:
 def _join(left: Tensor, left_weight: float, right: Tensor, right_weight: float) -> tuple[Tensor, float]:
     """Two nodes of the tree as one."""
     weight = left_weight + right_weight
-    return _mix(left, right, right_weight / weight), weight
-
-
-def _mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
-    """`(1 − share)·left + share·right`, and exactly `left` wherever both are the same number.
-
-    Subtracting a negative multiple keeps TensorFlow's graph optimizer from factoring out a common `share`,
-    which would add before it scales and so overflow (Grappler's arithmetic optimizer, TensorFlow 2.21).
-    """
-    return ops.where(left == right, left, left * (1.0 - share) - right * (-share))
+    return backend.mix(left, right, right_weight / weight), weight

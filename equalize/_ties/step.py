@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from keras import ops
 
 from equalize import _backend as backend
-from equalize._backend import Tensor
+from equalize._backend import Tensor, WriteTracker
 from equalize._math import means
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
@@ -18,33 +18,42 @@ from equalize._ties.rules import Rule
 class Projection:
     """What the members of a group have become, for the calls after the first, which has written it.
 
+    While an optimizer applies gradients, Keras calls one constraint after the other, and nothing else is written. Who
+    calls constraints by hand may write in between, and then every write is tracked.
+
     Args:
         values: What each member that may move has become.
-        caller: The member whose constraint was called, which Keras is about to write.
+        caller: The member whose constraint was called, which is about to be written.
+        by_hand: Whether no optimizer calls.
     """
 
-    def __init__(self, values: Mapping[Member, Tensor], caller: Member):
-        self._open = values.keys() - {caller}
-        self._unwritten = {
-            member: backend.track_writes(member.variable, value, awaited=member is caller)
-            for member, value in values.items()
-        }
+    def __init__(self, values: Mapping[Member, Tensor], caller: Member, by_hand: bool):
+        self._values = {member: value for member, value in values.items() if member is not caller}
+        self._unwritten: dict[Member, WriteTracker] = {}
+        if by_hand:  # there may be no later call, so no value is kept
+            self._values = dict.fromkeys(self._values)
+            self._unwritten = {
+                member: backend.track_writes(member.variable, value, awaited=member is caller)
+                for member, value in values.items()
+            }
 
     @property
     def spent(self) -> bool:
         """Whether every member that may move has been served."""
-        return not self._open
+        return not self._values
 
     def serve(self, caller: Member) -> Tensor | None:
         """A member's value, the first time that it is asked for and while no member has been written; else None."""
-        if caller not in self._open:
+        if caller not in self._values:
             return None
-        self._open.discard(caller)
-        values = {member: unwritten(member.variable) for member, unwritten in self._unwritten.items() if member.alive}
-        if any(value is None for value in values.values()):
-            return None
-        self._unwritten[caller] = backend.track_writes(caller.variable, values[caller], awaited=True)
-        return values[caller]
+        value = self._values.pop(caller)
+        if self._unwritten:
+            values = {m: unwritten(m.variable) for m, unwritten in self._unwritten.items() if m.alive}
+            if any(value is None for value in values.values()):
+                return None
+            value = values[caller]
+            self._unwritten[caller] = backend.track_writes(caller.variable, value, awaited=True)
+        return value
 
 
 class Penalty:
@@ -66,22 +75,16 @@ class Penalty:
         self._open = {member for member in members if not member.anchor}
         self._share = total / max(len(self._open), 1)
         self._gradients = dict(zip(members, gradients, strict=True))
-        self._unwritten = [
-            (member, backend.track_writes(member.variable, value))
-            for member, value in zip(members, stored, strict=True)
-        ]
+        self._unwritten = backend.track_all([member.variable for member in members], stored)
 
     @property
     def spent(self) -> bool:
         """Whether every member that may move has been served."""
         return not self._open
 
-    def serve(self, member: Member, x: Tensor, members: Sequence[Member]) -> Tensor | None:
+    def serve(self, member: Member, x: Tensor) -> Tensor | None:
         """The share of a member with the value `x`, the first time and while nothing has changed; else None."""
-        unchanged = len(members) == len(self._unwritten) and all(
-            each.alive and unwritten(each.variable) is not None for each, unwritten in self._unwritten
-        )
-        if member not in self._open or not unchanged:
+        if member not in self._open or not self._unwritten():
             return None
         self._open.discard(member)
         return backend.with_gradients(self._share, [means.widen(member.least_squares(x))], [self._gradients[member]])

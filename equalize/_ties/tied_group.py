@@ -1,6 +1,7 @@
 """What the package does to a group: projections, penalties, synchronization, shared updates."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -40,7 +41,7 @@ class TiedGroup(Group):
         self._inner = inner
         self._members = tuple(members)
         self._strength: Any = None  # a variable that compiled steps read the rule's strength from
-        self._projection: Projection | None = None
+        self._projections: weakref.WeakKeyDictionary[Any, Projection] = weakref.WeakKeyDictionary()
         self._penalty: Penalty | None = None
 
     @property
@@ -81,7 +82,8 @@ class TiedGroup(Group):
     def adjust(self, strength: float) -> bool:
         """Changes the rule's strength. Tells whether compiled steps know only the old one and must be retraced."""
         was, self._rule = self.rule, self.rule.having(**{self.rule.setting: strength})
-        self._projection = self._penalty = None
+        self._projections.clear()
+        self._penalty = None
         if self._strength is None:
             return strength != was.strength
         self._strength.assign(strength)
@@ -136,8 +138,8 @@ class TiedGroup(Group):
     def project(self, caller: Member | None = None) -> Tensor | None:
         """Writes what the rule makes of the members; returns what `caller` becomes, for Keras to write.
 
-        Keras calls every member's constraint, so the first call of a step works for all. Another member's first call
-        after that returns what is there, if no member can have been written since but by Keras with that value.
+        Keras calls every member's constraint, so the first call of a step works for all, and another member's call
+        returns what is there. Each call of an optimizer's `apply` is a step. By hand one ends when a member is written.
 
         Raises:
             GroupMismatchError: Two anchors differ.
@@ -145,9 +147,12 @@ class TiedGroup(Group):
         """
         if caller is not None and self._shared_updates:
             return self._constrained(caller)
-        served = None if caller is None or self._projection is None else self._projection.serve(caller)
+        step = backend.applying() or self
+        projection = self._projections.get(step)
+        served = None if caller is None or projection is None else projection.serve(caller)
         if served is not None:
-            self._forget_what_is_spent()
+            if projection.spent:
+                del self._projections[step]
             return served
         members = self.members
         self._require_reach(members)
@@ -156,15 +161,15 @@ class TiedGroup(Group):
             for member, value in zip(members, self.projected(members), strict=True)
             if not member.anchor
         }
-        for member in values.keys() - {caller}:
-            values[member] = backend.own_copy(values[member])
-        for member, value in values.items():
-            if member is not caller:
-                member.variable.assign(value)
-        self._projection = None if caller is None else Projection(values, caller)
-        self._forget_what_is_spent()
+        written = [member for member in values if member is not caller]
+        held = backend.write([member.variable for member in written], [backend.own_copy(values[m]) for m in written])
+        self._projections.pop(step, None)
         if caller is None:
             return None
+        values |= zip(written, held, strict=True)
+        projection = Projection(values, caller, by_hand=step is self)
+        if not projection.spent:
+            self._projections[step] = projection
         return values[caller] if caller in values else backend.read(caller.variable)
 
     def projected(self, members: Sequence[Member]) -> list[Tensor]:
@@ -240,21 +245,15 @@ class TiedGroup(Group):
         """The share of a member, whose value is `x`, in the group's penalty."""
         if backend.in_symbolic_scope():  # Keras infers shapes, and on PyTorch gives a new tensor for each read
             return means.widen(ops.zeros((), x.dtype))
-        members = self.members
-        share = None if self._penalty is None else self._penalty.serve(member, x, members)
+        share = None if self._penalty is None else self._penalty.serve(member, x)
         if share is None:
+            members = self.members
             self._require_reach(members)
             self._penalty = Penalty(self._computing_rule(members), self._factor, members)
-            share = self._penalty.serve(member, x, members)
-        self._forget_what_is_spent()
+            share = self._penalty.serve(member, x)
+        if self._penalty.spent:
+            self._penalty = None  # and with it the tensors of the step, and its trace
         return share
-
-    def _forget_what_is_spent(self) -> None:
-        """Lets go of the tensors of a step, and of its trace, once the step has all that it asks for."""
-        if self._projection is not None and self._projection.spent:
-            self._projection = None
-        if self._penalty is not None and self._penalty.spent:
-            self._penalty = None
 
     def penalty(self) -> Tensor:
         """The whole penalty, differentiable in every member that may move."""
