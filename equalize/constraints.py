@@ -147,6 +147,7 @@ class Equal(GroupConstraint):
 
     setting = "rate"
     one_value: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
 
     def __init__(
         self,

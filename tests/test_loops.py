@@ -587,7 +587,7 @@ def test_a_step_projects_once_inside_loss_scaling_in_each_way_to_run_it(count, m
     assert count.means == count.applied > 0
 
 
-def test_a_step_projects_each_of_two_groups_once(count):
+def test_a_step_projects_two_small_groups_at_once(count):
     entrance = keras.Input((5,))
     layers = [
         keras.layers.Dense(4, kernel_constraint=Equal("kernels"), bias_constraint=Equal("biases")) for _ in range(4)
@@ -595,7 +595,7 @@ def test_a_step_projects_each_of_two_groups_once(count):
     joined = keras.layers.Concatenate()([layer(entrance) for layer in layers])
     model = keras.Model(entrance, keras.layers.Dense(1)(joined))
     fit(model, equalize.GroupRegistry().link(model), epochs=1, **MODES[QUICK])
-    assert count.means == 2 * count.applied > 0
+    assert count.means == count.applied > 0  # of both at once: they are small and of one kind
 
 
 # SGD and RMSprop write rows only, if run eagerly.

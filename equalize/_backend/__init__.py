@@ -118,6 +118,12 @@ sum_of_squares = _native.sum_of_squares
 
 # ---- arithmetic
 
+join = _native.join
+"""The entries of some tensors of one dtype, one after the other, as a vector."""
+
+split = _native.split
+"""A vector as tensors of given shapes: the inverse of `join`."""
+
 mix = _native.mix
 """`(1 − share)·left + share·right`, and exactly `left` wherever both are the same number; nothing overflows."""
 

@@ -1,6 +1,7 @@
 """The backend's functions on JAX, which traces a step, compiles it, and carries all state through it."""
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -118,10 +119,20 @@ def value_and_gradients(
 
 
 def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    value = jax.lax.stop_gradient(value)
-    for x, gradient in zip(tensors, gradients, strict=True):
-        value = value + jnp.sum(gradient * (x - jax.lax.stop_gradient(x)))
+    return _with_gradients(value, tuple(gradients), tuple(tensors))
+
+
+@jax.custom_jvp
+def _with_gradients(value: Tensor, gradients: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:
     return value
+
+
+@_with_gradients.defjvp
+def _moved(primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
+    """The value, and how much it changes where the tensors do."""
+    value, gradients, _ = primals
+    changes = [jnp.vdot(gradient, change) for gradient, change in zip(gradients, tangents[2], strict=True)]
+    return value, sum(changes, start=jnp.zeros_like(value))
 
 
 def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
@@ -139,6 +150,16 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:
     pass
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    return jnp.concatenate([jnp.reshape(x, -1) for x in tensors])
+
+
+def split(joined: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = jnp.split(joined, ends[:-1])
+    return [jnp.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:

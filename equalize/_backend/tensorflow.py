@@ -1,6 +1,7 @@
 """The backend's functions on TensorFlow, in graphs, under XLA and eagerly."""
 
 import functools
+import math
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -85,7 +86,7 @@ def adjustable(number: float) -> Any:
 def computed_once(value: Tensor) -> Tensor:
     if 0 in value.shape or not _compiled_by_xla(value):
         return value
-    first = ops.reshape(ops.slice(value, [0] * len(value.shape), [1] * len(value.shape)), ())
+    first = tf.reshape(value, [-1])[0]
     index = tf.cast(first != first, "int32")
     return tf.switch_case(index, [lambda: tf.identity(value), lambda: mark_nans(value)])
 
@@ -163,6 +164,15 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
 
 
 _READING_OPERATIONS = frozenset({"ReadVariableOp", "ResourceGather", "VariableShape"})
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    return tf.concat([tf.reshape(x, [-1]) for x in tensors], 0)
+
+
+def split(joined: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    parts = tf.split(joined, [math.prod(shape) for shape in shapes])
+    return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -132,6 +133,15 @@ def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
 def sum_of_squares(x: Tensor) -> Tensor:
     flat = x.reshape(-1)
     return torch.dot(flat, flat)  # one pass over memory
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def split(joined: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    parts = torch.split(joined, [math.prod(shape) for shape in shapes])
+    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:

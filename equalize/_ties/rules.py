@@ -43,6 +43,9 @@ class Rule(Tying, abc.ABC):
     one_value: ClassVar[bool] = False
     """Whether the rule moves the members to one common value, which is an anchor's where there is one."""
 
+    entrywise: ClassVar[bool] = False
+    """Whether `project` treats each entry by itself, so that small members of many groups can be joined."""
+
     group: str | None
     view: View | None = None
     weight: float = 1.0

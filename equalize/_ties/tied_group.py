@@ -12,7 +12,7 @@ from equalize import _backend as backend
 from equalize._backend import Tensor
 from equalize._inputs.arguments import received
 from equalize._math import means
-from equalize._ties import bound
+from equalize._ties import bound, together
 from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
@@ -116,7 +116,7 @@ class TiedGroup(Group):
         """The rule for the members whose variables still exist: a matrix of factors loses the rows of the others."""
         return self.rule.subset([place for place, member in enumerate(self._members) if member.alive])
 
-    def _computing_rule(self, members: Sequence[Member]) -> Any:
+    def computing_rule(self, members: Sequence[Member]) -> Any:
         """The rule as it computes with the members: it knows the constraint inside, their weights and the anchors."""
         known: dict[str, Any] = {
             "inner": self.inner,
@@ -132,7 +132,7 @@ class TiedGroup(Group):
         self._require_values(members)
         if not members or self.rule.one_value or not self.projects:
             return spread_of(members)
-        moved = zip(members, self._pulled(members), self.projected(members), strict=True)
+        moved = zip(members, self.pulled(members), self.projected(members), strict=True)
         return change_of([(value, projected) for member, value, projected in moved if not member.anchor])
 
     def project(self, caller: Member | None = None) -> Tensor | None:
@@ -156,11 +156,9 @@ class TiedGroup(Group):
             return served
         members = self.members
         self._require_reach(members)
-        values = {
-            member: member.apply(value)
-            for member, value in zip(members, self.projected(members), strict=True)
-            if not member.anchor
-        }
+        projected = None if step is self else together.projected(step, self)
+        projected = self.projected(members) if projected is None else projected
+        values = {m: m.apply(value) for m, value in zip(members, projected, strict=True) if not m.anchor}
         written = [member for member in values if member is not caller]
         held = backend.write([member.variable for member in written], [backend.own_copy(values[m]) for m in written])
         self._projections.pop(step, None)
@@ -182,19 +180,15 @@ class TiedGroup(Group):
         self._require_values(members)
         if self.rule.one_value:
             require_anchors_agree(self.name, members)
-        rule, values = self._computing_rule(members), self._pulled(members)
+        rule, values = self.computing_rule(members), self.pulled(members)
         projected = rule.project(values)
         _require_shapes(self, projected, values)
-        # Computed once for all members that get it, with the constraint inside.
-        inner = None if self.inner is None or rule.one_value else self.inner
-        done: dict[int, Tensor] = {}
-        for value in projected:
-            if id(value) not in done:
-                obeying = value if inner is None else ops.cast(inner(value), value.dtype)
-                done[id(value)] = obeying if rule.one_value and not self.hard else backend.computed_once(obeying)
-        return [done[id(value)] for value in projected]
+        if self.inner is not None and not rule.one_value:
+            inner = {id(value): ops.cast(self.inner(value), value.dtype) for value in projected}
+            projected = [inner[id(value)] for value in projected]
+        return together.once_for_all(rule, projected)
 
-    def _pulled(self, members: Sequence[Member]) -> list[Tensor]:
+    def pulled(self, members: Sequence[Member]) -> list[Tensor]:
         """What each member says of the common value; what views rounded is told from what differs."""
         first = next((member for member in members if member.anchor), None) if self.rule.one_value else None
         # The anchors of one common value agree, so the first stands for all.
@@ -249,7 +243,7 @@ class TiedGroup(Group):
         if share is None:
             members = self.members
             self._require_reach(members)
-            self._penalty = Penalty(self._computing_rule(members), self._factor, members)
+            self._penalty = Penalty(self.computing_rule(members), self._factor, members)
             share = self._penalty.serve(member, x)
         if self._penalty.spent:
             self._penalty = None  # and with it the tensors of the step, and its trace
@@ -261,7 +255,7 @@ class TiedGroup(Group):
         self._require_values(members)
         values = [member.read() if member.anchor else backend.tensor(member.variable) for member in members]
         pulled = [means.widen(member.least_squares(value)) for member, value in zip(members, values, strict=True)]
-        return scaled(self._computing_rule(members), self._factor, pulled)
+        return scaled(self.computing_rule(members), self._factor, pulled)
 
     @property
     def _factor(self) -> Any:
@@ -303,7 +297,7 @@ class TiedGroup(Group):
         if anchor is not None:
             require_anchors_agree(self.name, members)
             return anchor.least_squares(self._anchored_value(anchor))
-        mean = means.mean(self._pulled(members), tuple(member.weight * member.scale**2 for member in members))
+        mean = means.mean(self.pulled(members), tuple(member.weight * member.scale**2 for member in members))
         inner = self.inner if self.projects else None
         return mean if inner is None else ops.cast(inner(mean), mean.dtype)
 
@@ -320,6 +314,12 @@ class TiedGroup(Group):
                 "the optimizer in a `keras.StatelessScope` over all variables of the model."
             )
         return value
+
+    def can_read(self, members: Sequence[Member]) -> bool:
+        """Whether the step can read all members; one by one, with an error that says what is missing, it must."""
+        if backend.current_scope() is None:
+            return not any(backend.is_purged(member.variable) for member in members)
+        return all(backend.is_visible(member.variable) for member in members)
 
     def _require_reach(self, members: Sequence[Member]) -> None:
         """On JAX a step sees and changes only what its scope carries; elsewhere everything."""
