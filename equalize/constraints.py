@@ -183,7 +183,7 @@ class Equal(GroupConstraint):
         if self.hard:
             return [target] * len(values)
         target = backend.computed_once(target)
-        return [means.relax(value, target, self.rate) for value in values]
+        return means.relax(values, target, self.rate)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"rate": self.rate, "weight": self.weight}

@@ -117,11 +117,12 @@ def test_mean_is_the_nearest_point_and_non_expansive(members, data):
 @given(strategies.groups(max_members=2, bound=1e4), st.floats(0.01, 1.0))
 def test_relax_is_the_proximal_operator(members, rate):
     value, target = members[0], members[1]
-    result = to_numpy(means.relax(ops.convert_to_tensor(value), ops.convert_to_tensor(target), rate))
+    (result,) = map(to_numpy, means.relax([ops.convert_to_tensor(value)], ops.convert_to_tensor(target), rate))
     expected = (1 - rate) * value.astype("float64") + rate * target.astype("float64")
     assert np.all(np.abs(result - expected) <= 1e-5 * (np.abs(value) + np.abs(target)) + 1e-37)
 
 
 def test_relax_leaves_what_is_there_already():
     value = ops.convert_to_tensor(np.float32([0.1, -0.0, np.inf, 1e-40]))
-    assert to_numpy(means.relax(value, value, 0.3)).tobytes() == to_numpy(value).tobytes()
+    for result in means.relax([value] * 3, value, 0.3):
+        assert to_numpy(result).tobytes() == to_numpy(value).tobytes()

@@ -102,7 +102,7 @@ gradients = _native.gradients
 """The gradients of `function()`, a scalar, by variables, computed at once; None where there is none."""
 
 value_and_gradients = _native.value_and_gradients
-"""`function(tensors)`, a scalar, and its gradients by the tensors, which carry none themselves."""
+"""`function(tensors)`, a scalar, and its gradients by the tensors, as numbers: neither carries any further."""
 
 with_gradients = _native.with_gradients
 """A scalar, with given gradients by some tensors in place of those that it has."""

@@ -115,7 +115,7 @@ def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable
 def value_and_gradients(
     function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    return jax.value_and_grad(function)(list(tensors))
+    return jax.value_and_grad(function)([jax.lax.stop_gradient(x) for x in tensors])
 
 
 def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -178,5 +178,5 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
     return lambda variable: variable.value if variable.value is then() else None
 
 
-def track_all(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> Callable[[], bool]:
-    return track_one_by_one(track_writes, variables, values)
+def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
+    return track_one_by_one(track_writes, read, variables)

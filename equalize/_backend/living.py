@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,16 +12,32 @@ from equalize import _backend as backend
 from equalize._backend import keras_private
 
 
+_SEEN: dict[type, tuple[list[weakref.ref[Any]], tuple[int, ...]]] = {}
+"""For each class that was looked for: the objects found, and how often the collector had moved objects until then."""
+
+
 def objects_of(kind: type) -> list[Any]:
     """All objects of a class and its subclasses, such as `keras.Model`, that the garbage collector knows.
 
-    Keras variables do not know their layers, nor layers their models, and several may hold one. What `gc.freeze()` has
-    put away is not found.
+    Keras variables do not know their layers, nor layers their models, and several may hold one. The collector knows
+    about a million objects with TensorFlow. It keeps new ones apart until it moves them to the old ones, so only the
+    first look, and the first after a move, goes through all. What `gc.freeze()` puts away before is not found.
     """
+    seen, then = _SEEN.get(kind, ([], ()))
+    now = _moves()
+    young = [*gc.get_objects(0), *gc.get_objects(1)] if now == then else []
+    known = young if now == then == _moves() else gc.get_objects()
     kinds = {kind, *_subclasses(kind)}
-    known = gc.get_objects()  # about a million with TensorFlow, so no Python runs for each
-    found = itertools.compress(known, map(kinds.__contains__, map(type, known)))
+    new = itertools.compress(known, map(kinds.__contains__, map(type, known)))  # no Python runs for each
+    old = (reference() for reference in seen)
+    found = list({id(item): item for item in (*old, *new) if item is not None}.values())
+    _SEEN[kind] = [weakref.ref(item) for item in found], now
     return [item for item in found if not isinstance(item, keras.Layer) or keras_private.is_initialized(item)]
+
+
+def _moves() -> tuple[int, ...]:
+    """How often the collector has moved objects to the old ones, and has gone through those."""
+    return tuple(generation["collections"] for generation in gc.get_stats()[1:])
 
 
 def models_holding(variables: Iterable[keras.Variable]) -> list[keras.Model]:

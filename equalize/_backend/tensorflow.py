@@ -122,6 +122,7 @@ def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable
 def value_and_gradients(
     function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
+    tensors = [tf.stop_gradient(x) for x in tensors]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(tensors)
         value = function(tensors)
@@ -216,8 +217,8 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
     return in_graph
 
 
-def track_all(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> Callable[[], bool]:
-    return track_one_by_one(track_writes, variables, values)
+def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
+    return track_one_by_one(track_writes, read, variables)
 
 
 def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:

@@ -21,11 +21,11 @@ def mark_nans(value: Tensor) -> Tensor:
 
 def track_one_by_one(
     track_writes: Callable[[keras.Variable, Tensor], WriteTracker],
+    read: Callable[[keras.Variable], Tensor],
     variables: Sequence[keras.Variable],
-    values: Sequence[Tensor],
 ) -> Callable[[], bool]:
     """All writes of some variables, tracked one by one."""
-    tracked = [(weakref.ref(v), track_writes(v, value)) for v, value in zip(variables, values, strict=True)]
+    tracked = [(weakref.ref(variable), track_writes(variable, read(variable))) for variable in variables]
 
     def none_written() -> bool:
         found = ((reference(), unwritten) for reference, unwritten in tracked)

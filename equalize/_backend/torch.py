@@ -183,9 +183,9 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
     return versioned
 
 
-def track_all(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> Callable[[], bool]:
+def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
     if current_scope() is not None:
-        return track_one_by_one(track_writes, variables, values)
+        return track_one_by_one(track_writes, read, variables)
     tensors = held_values(variables)
     versions = list(map(_VERSION, tensors))
     references, then = list(map(weakref.ref, variables)), list(map(weakref.ref, tensors))

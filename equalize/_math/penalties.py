@@ -30,7 +30,9 @@ def mean_l2(values: Sequence[Tensor]) -> Tensor:
 
     Since Σ(w_i − mean) = 0, what would flow through the mean cancels, and 2·(w_i − mean) is all of ∂P/∂w_i.
     """
-    mean = backend.computed_once(means.mean([ops.stop_gradient(value) for value in values]))
+    mean = backend.computed_once(means.mean(_constants(values)))
+    if means.are_small(values):
+        return backend.sum_of_squares(ops.stack(values) - mean)
     squares = [backend.sum_of_squares(value - mean) for value in values]
     return sum(squares[1:], start=squares[0])
 
@@ -55,6 +57,9 @@ def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -
 
 def chain_l2(values: Sequence[Tensor]) -> Tensor:
     """Σ_i ‖w_{i+1} − w_i‖²."""
+    if means.are_small(values):
+        rows = ops.stack(values)
+        return backend.sum_of_squares(rows[1:] - rows[:-1])
     pairs = [(i, i + 1, 1.0) for i in range(len(values) - 1)]
     total, slopes = _over_pairs(_constants(values), pairs, _squared)
     return backend.with_gradients(total, values, slopes)

@@ -69,13 +69,12 @@ class Penalty:
     """
 
     def __init__(self, rule: Rule, factor: float | Tensor, members: Sequence[Member]):
-        stored = [backend.read(member.variable) for member in members]
-        values = [ops.stop_gradient(means.widen(member.least_squares(member.read()))) for member in members]
+        values = [means.widen(member.least_squares(member.read())) for member in members]
         total, gradients = backend.value_and_gradients(lambda values: scaled(rule, factor, values), values)
         self._open = {member for member in members if not member.anchor}
         self._share = total / max(len(self._open), 1)
         self._gradients = dict(zip(members, gradients, strict=True))
-        self._unwritten = backend.track_all([member.variable for member in members], stored)
+        self._unwritten = backend.track_all([member.variable for member in members])
 
     @property
     def spent(self) -> bool:
