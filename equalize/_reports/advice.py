@@ -206,7 +206,7 @@ def _moved(group: TiedGroup, fraction: float) -> Iterator[bool]:
     with _kept([member.variable for member in moving]):
         common = group.value
         for member in moving:
-            value = means.relax(backend.read(member.variable), member.apply(common), fraction)
+            (value,) = means.relax([backend.read(member.variable)], member.apply(common), fraction)
             member.variable.assign(backend.own_copy(value))
         yield True
 
