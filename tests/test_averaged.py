@@ -165,3 +165,12 @@ def test_configs_keep_what_the_user_wrote():
     assert float(array(sum(clone.losses))) == pytest.approx(
         0.3 * float(np.sum(array(clone.layers[1].kernel) ** 2)), rel=1e-5
     )
+
+
+def test_what_stands_on_a_variable_has_the_config_of_its_users_regularizer():
+    variables = [variable([1.0], L2(0.1)), variable([1.0], L2(0.1)), variable([1.0])]
+    equalize.GroupRegistry().tie("pair", variables[:2], Equal())
+    assert [v.regularizer.get_config() for v in variables[:2]] == [L2(0.1).get_config()] * 2
+    equalize.GroupRegistry().tie("frozen", [variable([1.0], trainable=False), variables[2]], Equal())
+    if variables[2].regularizer is not None:  # on JAX, where it records the frozen member
+        assert variables[2].regularizer.get_config() == {}

@@ -14,6 +14,7 @@ from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
+from equalize.views import Transpose
 from tests.conftest import BACKEND, KERAS_3_5, MODES, QUICK, Recorder, bits, bitwise_equal, data, fit, kernels, towers
 
 HARD = functools.partial(Equal, "towers")
@@ -70,6 +71,15 @@ def test_a_member_with_free_entries_has_slots_of_its_own():
 
 
 # ---- by hand
+
+
+def test_a_member_that_shows_the_common_value_as_it_is_has_the_slots():
+    turned, plain = keras.Variable(np.ones((2, 3))), keras.Variable(np.ones((3, 2)))
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [(turned, Transpose()), plain], Equal())
+    optimizer = TiedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), registry)
+    optimizer.build([turned, plain])
+    assert optimizer.get_config()["updated"] == [1]
 
 
 def test_gradients_are_summed_and_missing_ones_count_as_zero():

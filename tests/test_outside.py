@@ -115,3 +115,12 @@ def test_a_teacher_that_is_deleted_pulls_on_and_goes_with_its_student(rule):
     keras.backend.clear_session()
     gc.collect()
     assert kernel() is None
+
+
+def test_a_member_whose_variable_is_gone_says_so():
+    variable = keras.Variable(1.0, name="fleeting")
+    member = equalize.Member(variable)
+    assert repr(member) == "<Member 'fleeting' () float32>"
+    del variable
+    gc.collect()
+    assert repr(member) == "<Member 'fleeting' (deleted)>"

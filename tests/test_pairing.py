@@ -5,6 +5,7 @@ import pytest
 import equalize
 from equalize.constraints import Equal
 from equalize.errors import GroupMismatchError, NotLinkedError
+from equalize.regularizers import MeanL2
 from tests.conftest import bitwise_equal, fit
 
 
@@ -70,6 +71,32 @@ def test_structures_that_differ_are_shown_both():
     assert "structures differ" in message
     assert "'with_bias' (Dense):\n    kernel (4, 3)\n    bias (3,)" in message
     assert "'without' (Dense):\n    kernel (4, 3)\n" in message
+
+
+class Affine(keras.layers.Layer):
+    names = ("scale", "offset")
+
+    def build(self, shape):
+        self.first, self.second = (self.add_weight(shape=(shape[-1],), name=name) for name in self.names)
+
+
+class Likewise(keras.layers.Layer):
+    names, build = Affine.names, Affine.build
+
+
+class Otherwise(keras.layers.Layer):
+    names, build = ("offset", "scale"), Affine.build
+
+
+def test_layers_of_another_class_pair_where_their_weights_have_the_same_names():
+    affine, likewise, otherwise = Affine(), Likewise(), Otherwise()
+    for layer in (affine, likewise, otherwise):
+        layer.build((None, 3))
+    registry = equalize.GroupRegistry()
+    registry.tie("alike", [affine, likewise], Equal())
+    assert set(registry) == {"alike/scale", "alike/offset"}
+    with pytest.raises(GroupMismatchError, match="structures differ"):
+        registry.tie("others", [affine, otherwise], MeanL2())
 
 
 def test_a_later_weight_that_does_not_fit_leaves_all_untied():

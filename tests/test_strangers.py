@@ -258,6 +258,25 @@ def test_two_backbones_of_keras_hub_are_tied_saved_linked_and_shared(tmp_path):
     assert set(equalize.relation(*nets).values()) == {"same"}
 
 
+def test_of_two_models_of_one_structure_the_paths_choose():
+    def net(*names):
+        return keras.Sequential([keras.Input((3,)), *(keras.layers.Dense(3, name=name) for name in names)], name="net")
+
+    def around(inner):
+        entrance = keras.Input((3,))
+        return keras.Model(entrance, inner(entrance))
+
+    first = net("one", "two")
+    whole = around(first)  # holds the members at places of its own
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [layer.kernel for layer in first.layers], Equal())
+    config = registry.get_config()
+    other, second = net("three", "four"), net("one", "two")
+    linked = equalize.GroupRegistry.from_config(config).link(other, around(second))
+    assert [id(m.variable) for m in linked["pair"].members] == [id(layer.kernel) for layer in second.layers]
+    assert len(whole.trainable_variables) == 4
+
+
 # ---- modules and functions of other libraries
 
 
