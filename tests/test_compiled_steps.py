@@ -189,10 +189,16 @@ def test_members_with_a_unit_norm_are_equal_after_every_compiled_step():
         assert shown_alike(group)
 
 
-def count_of_means(n, rule, *, tied_optimizer=False):
-    """How often a compiled step of n members compares two nodes of the tree of means: n − 1 times for one mean."""
+SMALL, LARGE = (6, 5), (160, 130)
+
+
+def count_of_means(n, rule, *, shape=LARGE, tied_optimizer=False):
+    """How often a compiled step of n members compares nodes of the tree of means.
+
+    One mean of large members takes n − 1 comparisons, of small ones as many as the tree has levels, or twice.
+    """
     random = np.random.default_rng(0)
-    variables = [keras.Variable(random.normal(size=(6, 5)), name=f"w_{i}") for i in range(n)]
+    variables = [keras.Variable(random.normal(size=shape), name=f"w_{i}") for i in range(n)]
     registry = equalize.GroupRegistry()
     registry.tie("group", variables, rule)
     optimizer = keras.optimizers.SGD(0.1)
@@ -202,13 +208,21 @@ def count_of_means(n, rule, *, tied_optimizer=False):
     step()
     text = program()
     assert text.count(" conditional(") == 1
-    return len(re.findall(r"= pred\[6,5\]\S* compare\(.*direction=EQ", text))
+    return len(re.findall(rf"= pred\[(?:\d+,)?{shape[0]},{shape[1]}\]\S* compare\(.*direction=EQ", text))
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 def test_a_compiled_step_computes_the_mean_once(rate):
     pulls = 10 if rate < 1.0 else 0  # a partial pull compares each member with the mean
     assert count_of_means(10, Equal(rate=rate)) == 9 + pulls
+
+
+@pytest.mark.parametrize("n", [10, 40])
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_a_compiled_step_computes_the_mean_of_small_members_level_by_level(rate, n):
+    levels = int(np.ceil(np.log2(n)))
+    pulls = n if rate < 1.0 else 0
+    assert levels <= count_of_means(n, Equal(rate=rate), shape=SMALL) <= 2 * levels + pulls
 
 
 def test_a_compiled_step_computes_a_constrained_mean_once():

@@ -270,6 +270,23 @@ def test_what_is_not_a_number_is_as_the_rule_has_it_or_far_from_it(rule, spread)
     assert group.spread() == spread
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1.0), ("float32", 1e-3), ("float16", 1.0)])
+def test_what_a_custom_rule_still_changes_counts_unless_it_is_rounding(dtype, size):
+    unit = float(np.finfo(dtype).eps) * size
+    for off, known in ((4 * unit, False), (64 * unit, True)):
+        members = [keras.Variable(np.array(sign * size + (sign > 0) * off), dtype=dtype) for sign in (1, -1)]
+        group = equalize.GroupRegistry().tie("zero", members, SumToZero())
+        members[0].assign(np.array(size + off, dtype))
+        members[1].assign(np.array(-size, dtype))
+        assert (group.spread() > 0.0) == known
+
+
+@pytest.mark.parametrize("rule", [Equal(), SumToZero()])
+def test_members_without_entries_are_as_they_should_be(rule):
+    members = [keras.Variable(np.ones((0, 2))) for _ in range(2)]
+    assert equalize.GroupRegistry().tie("empty", members, rule).spread() == 0.0
+
+
 def test_rules_never_change():
     rule = EWC(fisher=[[1.0]])
     for name in ("factor", "fisher", "anything"):
