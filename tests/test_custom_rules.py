@@ -287,6 +287,27 @@ def test_members_without_entries_are_as_they_should_be(rule):
     assert equalize.GroupRegistry().tie("empty", members, rule).spread() == 0.0
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Swapped(GroupConstraint):
+    """Gives each of two members what the other held."""
+
+    def project(self, values):
+        return values[::-1]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_rule_may_return_what_it_was_given_in_another_order(by_hand):
+    first, second = keras.Variable(np.float32([1.0])), keras.Variable(np.float32([2.0]))
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [first, second], Swapped())
+    before = [float(array(variable)[0]) for variable in (first, second)]
+    if by_hand:
+        registry.project("pair")
+    else:
+        keras.optimizers.SGD(0.0).apply([ops.ones(1)] * 2, [first, second])
+    assert [float(array(variable)[0]) for variable in (second, first)] == before
+
+
 def test_rules_never_change():
     rule = EWC(fisher=[[1.0]])
     for name in ("factor", "fisher", "anything"):

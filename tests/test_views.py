@@ -149,6 +149,13 @@ def test_views_that_do_not_fit_are_an_error_with_both_shapes():
     registry.tie("g", [one, (two, Transpose())], Equal())
 
 
+def test_a_weight_that_the_square_of_a_scale_makes_infinite_is_refused():
+    layers = [keras.layers.Dense(2, kernel_constraint=Equal("g", weight=1e290, view=Scale(1e10))) for _ in range(2)]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    with pytest.raises(GroupMismatchError, match="weights of the members whose mean can be computed"):
+        equalize.GroupRegistry().link(model)
+
+
 def test_the_common_value_is_the_least_squares_one():
     rows = [np.float32([1.0, 4.0]), np.float32([6.0, 8.0]), np.float32([-1.0, 1.0])]
     variables = [keras.Variable(row) for row in rows]

@@ -11,7 +11,6 @@ import keras
 from equalize import _backend as backend
 from equalize._backend import keras_private
 
-
 _SEEN: dict[type, tuple[list[weakref.ref[Any]], tuple[int, ...]]] = {}
 """For each class that was looked for: the objects found, and how often the collector had moved objects until then."""
 

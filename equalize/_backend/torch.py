@@ -1,6 +1,5 @@
 """The backend's functions on PyTorch, which runs eagerly."""
 
-import functools
 import itertools
 import math
 import operator
@@ -122,8 +121,12 @@ def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence
 
 
 def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
-    # Backpropagation adds up the uses of one variable from the last to the first.
-    return functools.reduce(ops.add, reversed(gradients))
+    # Backpropagation adds up the uses of one variable from the last to the first. The gradients stay as they are.
+    last, *others = reversed(gradients)
+    total = last + others[0] if others else last
+    for gradient in others[1:]:
+        total.add_(gradient)
+    return total
 
 
 def scale_gradient(gradient: Tensor, factor: float) -> Tensor:

@@ -181,6 +181,8 @@ class TiedGroup(Group):
         if self.rule.one_value:
             require_anchors_agree(self.name, members)
         rule, values = self.computing_rule(members), self.pulled(members)
+        if not rule.one_value:  # what a rule returns may be a part of what it was given, which is written one by one
+            values = [ops.copy(value) for value in values]
         projected = rule.project(values)
         _require_shapes(self, projected, values)
         if self.inner is not None and not rule.one_value:
@@ -223,9 +225,8 @@ class TiedGroup(Group):
         self._require_reach(members)
         written = backend.read(leader.variable)
         value = backend.computed_once(leader.least_squares(written))
-        for member in members:
-            if not member.anchor and (member is not leader or value is not written):
-                member.variable.assign(backend.own_copy(member.apply(value)))
+        follow = [m for m in members if not m.anchor and (m is not leader or value is not written)]
+        backend.write([m.variable for m in follow], [backend.own_copy(m.apply(value)) for m in follow])
 
     def _constrained(self, member: Member) -> Tensor:
         """A member's value, with the common value that it shows as the inner constraint wants it."""
