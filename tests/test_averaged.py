@@ -117,12 +117,15 @@ def test_each_member_is_regularized_as_its_view_shows_the_value():
     assert penalties(members) == pytest.approx([0.5 / 3, 0.5 / 3, 2.0 / 3])
 
 
-def test_entries_that_a_view_leaves_free_are_regularized_in_full():
-    whole, part = variable([1.0, 2.0], L2(0.1)), variable([0.0, 0.0, 3.0], L2(0.1))
-    equalize.GroupRegistry().tie("g", [whole, (part, Slice((0,), (2,)))], Equal())
-    first, second = gradients(total([whole, part]), [whole, part])
-    np.testing.assert_allclose(first, [0.1, 0.2], rtol=1e-6)
-    np.testing.assert_allclose(second, [0.1, 0.2, 0.6], rtol=1e-6)
+@pytest.mark.parametrize("n", [2, 3])
+def test_entries_that_a_view_leaves_free_are_regularized_in_full(n):
+    whole = [variable([1.0, 2.0], L2(0.1)) for _ in range(n - 1)]
+    part = variable([0.0, 0.0, 3.0], L2(0.1))
+    equalize.GroupRegistry().tie("g", [*whole, (part, Slice((0,), (2,)))], Equal())
+    *found, of_part = gradients(total([*whole, part]), [*whole, part])
+    for of_whole in found:
+        np.testing.assert_allclose(of_whole, [0.2 / n, 0.4 / n], rtol=1e-6)
+    np.testing.assert_allclose(of_part, [0.2 / n, 0.4 / n, 0.6], rtol=1e-6)
 
 
 @pytest.mark.parametrize("soft_first", [False, True])
