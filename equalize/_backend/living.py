@@ -1,5 +1,6 @@
 """Compiled models that must look again at their variables and rules."""
 
+import contextlib
 import gc
 import itertools
 import weakref
@@ -24,8 +25,8 @@ def objects_of(kind: type) -> list[Any]:
     """
     seen, then = _SEEN.get(kind, ([], ()))
     now = _moves()
-    young = [*gc.get_objects(0), *gc.get_objects(1)] if now == then else []
-    known = young if now == then == _moves() else gc.get_objects()
+    young = (gc.get_objects(0), gc.get_objects(1)) if now == then else ()
+    known = list(itertools.chain(*young)) if now == then == _moves() else gc.get_objects()
     kinds = {kind, *_subclasses(kind)}
     new = itertools.compress(known, map(kinds.__contains__, map(type, known)))  # no Python runs for each
     old = (reference() for reference in seen)
@@ -57,7 +58,24 @@ def retrace(variables: Iterable[keras.Variable]) -> None:
     for model in models_holding([variable for variable in variables if backend.may_be_traced(variable)]):
         for kind in ("train", "test", "predict"):
             if getattr(model, f"{kind}_function", None) is not None:
-                getattr(model, f"make_{kind}_function")(force=True)
+                with _another(model, f"{kind}_step"):
+                    getattr(model, f"make_{kind}_function")(force=True)
+
+
+@contextlib.contextmanager
+def _another(model: keras.Model, method: str) -> Iterator[None]:
+    """Has a model give another function as its method, of the same behaviour.
+
+    JAX finds by a function what it has traced. The bound methods of one object are equal, so as long as anything held
+    the old one, a new trace would be the old one.
+    """
+    step, own = getattr(model, method), {key: value for key, value in vars(model).items() if key == method}
+    vars(model)[method] = lambda *arguments: step(*arguments)
+    try:
+        yield
+    finally:
+        del vars(model)[method]
+        vars(model).update(own)
 
 
 def _subclasses(kind: type) -> Iterator[type]:
