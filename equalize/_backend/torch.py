@@ -17,6 +17,7 @@ from equalize._backend.common import current_scope, is_variable
 from equalize._backend.keras_private import held_value, held_values, in_symbolic_scope, replace_torch_parameter
 from equalize._backend.tensors import Tensor, WriteTracker, mix_in_passes, track_one_by_one
 
+_COPY = getattr(torch, "_foreach_copy_")  # noqa: B009 - PyTorch lists it for no type checker
 _VERSION = operator.attrgetter("_version")
 _DEREFERENCE = weakref.ref.__call__
 
@@ -171,7 +172,7 @@ def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list
             variable.assign(value)
     elif variables:
         with torch.no_grad():
-            torch._foreach_copy_([variable.value for variable in variables], list(values))
+            _COPY([variable.value for variable in variables], list(values))
     return [variable.value for variable in variables]  # which Keras copies onto itself for nothing
 
 

@@ -149,11 +149,12 @@ class TiedGroup(Group):
             return self._constrained(caller)
         step = backend.applying() or self
         projection = self._projections.get(step)
-        served = None if caller is None or projection is None else projection.serve(caller)
-        if served is not None:
+        if projection is not None and caller is not None:
+            served = projection.serve(caller)
             if projection.spent:
                 del self._projections[step]
-            return served
+            if served is not None:
+                return served
         members = self.members
         self._require_reach(members)
         projected = None if step is self else together.projected(step, self)
@@ -240,14 +241,14 @@ class TiedGroup(Group):
         """The share of a member, whose value is `x`, in the group's penalty."""
         if backend.in_symbolic_scope():  # Keras infers shapes, and on PyTorch gives a new tensor for each read
             return means.widen(ops.zeros((), x.dtype))
-        share = None if self._penalty is None else self._penalty.serve(member, x)
-        if share is None:
+        penalty = self._penalty
+        share = None if penalty is None else penalty.serve(member, x)
+        if penalty is None or share is None:
             members = self.members
             self._require_reach(members)
-            self._penalty = Penalty(self.computing_rule(members), self._factor, members)
-            share = self._penalty.serve(member, x)
-        if self._penalty.spent:
-            self._penalty = None  # and with it the tensors of the step, and its trace
+            penalty = Penalty(self.computing_rule(members), self._factor, members)
+            share = penalty.serve(member, x)
+        self._penalty = None if penalty.spent else penalty  # no tensors of a step, and no trace, outlive it
         return share
 
     def penalty(self) -> Tensor:
