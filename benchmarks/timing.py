@@ -34,7 +34,8 @@ def training_step(build: Build, name: str, x: Any, y: Any, mode: str) -> Step:
     model, groups = build(way)
     strength = {"factor": 1e-4, "rate": 0.1, "": 0.0}[way.strength]
     tied = way.attach(groups, strength, keras.optimizers.Adam(1e-4))
-    model.compile(tied.optimizer, "mse", jit_compile=mode == "xla")
+    how = {"run_eagerly": True} if mode == "eager" else {"jit_compile": mode == "xla"}
+    model.compile(tied.optimizer, "mse", **how)
     x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
     for callback in tied.callbacks:
         callback.set_model(model)
