@@ -118,6 +118,9 @@ sum_of_squares = _native.sum_of_squares
 
 # ---- arithmetic
 
+stack = _native.stack
+"""Tensors of one shape and dtype as the rows of one, without the time that Keras takes for each."""
+
 join = _native.join
 """The entries of some tensors of one dtype, one after the other, as a vector."""
 

@@ -152,6 +152,10 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
     pass
 
 
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    return jnp.stack(tensors)
+
+
 def join(tensors: Sequence[Tensor]) -> Tensor:
     return jnp.concatenate([jnp.reshape(x, -1) for x in tensors])
 

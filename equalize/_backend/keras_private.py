@@ -4,13 +4,10 @@
 looks private in the package is our own, or an attribute that `TiedOptimizer` defines because Keras reads it.
 """
 
-import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
-
-_HELD = operator.attrgetter("_value")
 
 
 def stateless_scope() -> Any:
@@ -48,11 +45,6 @@ def is_variable(x: Any) -> bool:
 def held_value(variable: keras.Variable) -> Any:
     """The value in a variable outside of all scopes; None while `fit` runs on JAX, when only the step holds it."""
     return variable._value
-
-
-def held_values(variables: Iterable[keras.Variable]) -> list[Any]:
-    """The values of several variables, without a call for each."""
-    return list(map(_HELD, variables))
 
 
 def own_variables(layer: keras.Layer) -> tuple[list[Any], list[Any]]:

@@ -167,6 +167,10 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
 _READING_OPERATIONS = frozenset({"ReadVariableOp", "ResourceGather", "VariableShape"})
 
 
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tf.stack(tensors)
+
+
 def join(tensors: Sequence[Tensor]) -> Tensor:
     return tf.concat([tf.reshape(x, [-1]) for x in tensors], 0)
 

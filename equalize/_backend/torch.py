@@ -1,6 +1,5 @@
 """The backend's functions on PyTorch, which runs eagerly."""
 
-import itertools
 import math
 import operator
 import weakref
@@ -14,7 +13,7 @@ import torch
 from keras import ops
 
 from equalize._backend.common import current_scope, is_variable
-from equalize._backend.keras_private import held_value, held_values, in_symbolic_scope, replace_torch_parameter
+from equalize._backend.keras_private import held_value, in_symbolic_scope, replace_torch_parameter
 from equalize._backend.tensors import Tensor, WriteTracker, mix_in_passes, track_one_by_one
 
 _COPY = getattr(torch, "_foreach_copy_")  # noqa: B009 - PyTorch lists it for no type checker
@@ -139,6 +138,10 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return torch.dot(flat, flat)  # one pass over memory
 
 
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors))
+
+
 def join(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in tensors])
 
@@ -190,16 +193,17 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
 def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
     if current_scope() is not None:
         return track_one_by_one(track_writes, read, variables)
-    tensors = held_values(variables)
-    versions = list(map(_VERSION, tensors))
-    references, then = list(map(weakref.ref, variables)), list(map(weakref.ref, tensors))
+    tensors = list(map(held_value, variables))
+    versions, references = list(map(_VERSION, tensors)), list(map(weakref.ref, tensors))
 
     def none_written() -> bool:
-        """In loops that Python itself runs: each member of a group asks once a step."""
-        now = list(map(_DEREFERENCE, references))
-        if current_scope() is not None or not all(map(operator.is_not, now, itertools.repeat(None))):
+        """In loops that Python itself runs, since each member of a group asks once a step.
+
+        A variable holds one tensor as long as it lives (Keras 3.15).
+        """
+        try:
+            return current_scope() is None and list(map(_VERSION, map(_DEREFERENCE, references))) == versions
+        except AttributeError:  # None has no version
             return False
-        held = held_values(now)
-        return all(map(operator.is_, held, map(_DEREFERENCE, then))) and list(map(_VERSION, held)) == versions
 
     return none_written

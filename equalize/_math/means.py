@@ -45,7 +45,7 @@ def relax(values: Sequence[Tensor], target: Tensor, rate: float | Tensor) -> lis
     dtype, target = backend.dtype(target), widen(target)
     rate = rate if isinstance(rate, float) else ops.cast(rate, target.dtype)
     if are_small(values):
-        return ops.unstack(ops.cast(backend.mix(widen(ops.stack(values)), target, rate), dtype), len(values))
+        return ops.unstack(ops.cast(backend.mix(widen(backend.stack(values)), target, rate), dtype), len(values))
     return [ops.cast(backend.mix(widen(value), target, rate), dtype) for value in values]
 
 
@@ -77,7 +77,7 @@ def _join(left: Tensor, left_weight: float, right: Tensor, right_weight: float) 
 
 def _mean_of_rows(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The same tree, all nodes of a level at once."""
-    rows = widen(ops.stack(values))
+    rows = widen(backend.stack(values))
     while len(weights) > 1:
         paired = len(weights) - len(weights) % 2
         sums = [left + right for left, right in zip(weights[:paired:2], weights[1:paired:2], strict=True)]

@@ -30,9 +30,11 @@ def mean_l2(values: Sequence[Tensor]) -> Tensor:
 
     Since Σ(w_i − mean) = 0, what would flow through the mean cancels, and 2·(w_i − mean) is all of ∂P/∂w_i.
     """
-    mean = backend.computed_once(means.mean(_constants(values)))
     if means.are_small(values):
-        return backend.sum_of_squares(ops.stack(values) - mean)
+        rows = backend.stack(values)
+        rows = rows - ops.stop_gradient(rows[:1])  # so that members that are equal are 0, and so is their mean
+        return backend.sum_of_squares(rows - ops.stop_gradient(ops.mean(rows, axis=0)))
+    mean = backend.computed_once(means.mean(_constants(values)))
     squares = [backend.sum_of_squares(value - mean) for value in values]
     return sum(squares[1:], start=squares[0])
 
@@ -58,7 +60,7 @@ def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -
 def chain_l2(values: Sequence[Tensor]) -> Tensor:
     """Σ_i ‖w_{i+1} − w_i‖²."""
     if means.are_small(values):
-        rows = ops.stack(values)
+        rows = backend.stack(values)
         return backend.sum_of_squares(rows[1:] - rows[:-1])
     pairs = [(i, i + 1, 1.0) for i in range(len(values) - 1)]
     total, slopes = _over_pairs(_constants(values), pairs, _squared)
@@ -181,7 +183,7 @@ def _running(largest: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tenso
 
 def _rows(values: Sequence[Tensor]) -> Tensor:
     """The members as the rows of a matrix."""
-    return ops.stack([ops.reshape(value, (-1,)) for value in values])
+    return backend.stack([ops.reshape(value, (-1,)) for value in values])
 
 
 def _squared(difference: Tensor) -> tuple[Tensor, Tensor]:
