@@ -16,7 +16,17 @@ from tests.conftest import BACKEND, MODES, gradients
 
 NAMES = ["mean_l2", "pairwise_l2", "pairwise_norm", "pairwise_l1", "chain_l2", "trace_norm"]
 WEIGHTED = ["pairwise_l2", "pairwise_norm"]
+FORMS = {  # in which all pairs are computed
+    "products": {"_MANY": 2},
+    "rows": {"_MANY": 10**6, "_FEW": 0},
+    "pairs": {"_MANY": 10**6, "_FEW": 10**6},
+}
 BY_DIFFERENCES = [name for name in NAMES if name != "trace_norm"]
+
+
+def choose(form, patch):
+    for name, value in FORMS[form].items():
+        patch.setattr(penalties, name, value)
 
 
 def evaluated(name, values, *strengths, dtype="float32"):
@@ -57,12 +67,12 @@ def test_with_strengths_too(name, values, seed):
 
 
 @pytest.mark.parametrize("name", ["pairwise_l1", "pairwise_norm", "pairwise_l2"])
-@pytest.mark.parametrize("few", [0, 10**6])
+@pytest.mark.parametrize("form", FORMS)
 @given(values=strategies.stacks(max_members=7))
-def test_each_form_is_that_of_brute_force_whatever_the_number_of_members(name, few, values):
+def test_each_form_is_that_of_brute_force_whatever_the_number_of_members(name, form, values):
     strengths = [np.ones((len(values),) * 2)] if name in WEIGHTED else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(penalties, "_FEW", few)
+        choose(form, patch)
         found = evaluated(name, values, *strengths)
     close(found, getattr(references, name)(values), 1.0 + np.sum(values**2))
 
@@ -96,11 +106,15 @@ def written_out(name, values):
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "few"),
-    [*((name, n, penalties._FEW) for name in NAMES for n in (2, 5)), ("pairwise_norm", 5, 0), ("pairwise_l1", 5, 0)],
+    ("name", "n", "form"),
+    [
+        *((name, n, "products") for name in NAMES for n in (2, 5)),
+        ("pairwise_norm", 5, "rows"),
+        ("pairwise_l1", 5, "rows"),
+    ],
 )
-def test_gradients_are_those_of_automatic_differentiation(name, n, few, monkeypatch):
-    monkeypatch.setattr(penalties, "_FEW", few)
+def test_gradients_are_those_of_automatic_differentiation(name, n, form, monkeypatch):
+    choose(form, monkeypatch)
     values = np.random.default_rng(n).normal(size=(n, 5, 4)).astype("float32")
     variables = [keras.Variable(value) for value in values]
     expected = gradients(lambda: written_out(name, [backend.tensor(v) for v in variables]), variables)
@@ -137,9 +151,9 @@ def test_the_trace_norm_does_not_count_what_the_gram_matrix_rounds():
     np.testing.assert_allclose(gradient, left[:, :4] @ right[:, :4].T, atol=1e-2)
 
 
-@pytest.mark.parametrize("few", [0, 10**6])
-def test_a_pair_that_is_close_among_others_far_away_pulls_with_its_full_strength(few, monkeypatch):
-    monkeypatch.setattr(penalties, "_FEW", few)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_that_is_close_among_others_far_away_pulls_with_its_full_strength(form, monkeypatch):
+    choose(form, monkeypatch)
     values = np.zeros((3, 4), "float32")
     values[1, 0], values[2] = 1e-6, 1e3
     gradient = evaluated("pairwise_norm", values)[1]
@@ -148,14 +162,14 @@ def test_a_pair_that_is_close_among_others_far_away_pulls_with_its_full_strength
 
 
 @pytest.mark.parametrize("name", ["pairwise_norm", "trace_norm"])
-@pytest.mark.parametrize("few", [0, 10**6])
+@pytest.mark.parametrize("form", FORMS)
 @given(values=strategies.stacks(min_members=2, max_members=4), magnitude=st.floats(-30, 30), seed=st.integers(0, 99))
-def test_norms_and_their_gradients_are_right_at_every_magnitude(name, few, values, magnitude, seed):
+def test_norms_and_their_gradients_are_right_at_every_magnitude(name, form, values, magnitude, seed):
     assume(name != "trace_norm" or references.well_conditioned(values))
     values = values * 10.0**magnitude
     weighted = [random_strengths(len(values), seed)] if name in WEIGHTED else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(penalties, "_FEW", few)
+        choose(form, patch)
         total, gradient = evaluated(name, values, *weighted)
     expected, slopes = getattr(references, name)(values, *weighted)
     assert total == pytest.approx(expected, rel=1e-4)
@@ -189,10 +203,10 @@ def compiled(name, mode):
 
 @pytest.mark.parametrize("name", ["pairwise_norm", "trace_norm"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("few", [0, 10**6])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.sampled
-def test_a_step_of_every_mode_knows_norms_at_every_magnitude(name, mode, few, monkeypatch):
-    monkeypatch.setattr(penalties, "_FEW", few)
+def test_a_step_of_every_mode_knows_norms_at_every_magnitude(name, mode, form, monkeypatch):
+    choose(form, monkeypatch)
     step = compiled(name, mode)
     for magnitude in (0.0, 1e-30, 1e-25, 3e-20, 1e-8, 1.0, 3e19, 1e22, 1e30, 5e36):
         values = (magnitude * np.random.default_rng(0).normal(size=(3, 4, 2))).astype("float32")
@@ -203,10 +217,10 @@ def test_a_step_of_every_mode_knows_norms_at_every_magnitude(name, mode, few, mo
 
 
 @pytest.mark.usefixtures("doubles")
-@pytest.mark.parametrize(("name", "few"), [("pairwise_norm", 0), ("pairwise_norm", 10**6), ("trace_norm", 0)])
+@pytest.mark.parametrize(("name", "form"), [*(("pairwise_norm", form) for form in FORMS), ("trace_norm", "products")])
 @pytest.mark.parametrize("magnitude", [1e-250, 1e250])
-def test_norms_in_float64_are_right_where_their_squares_are_not(name, few, magnitude, monkeypatch):
-    monkeypatch.setattr(penalties, "_FEW", few)
+def test_norms_in_float64_are_right_where_their_squares_are_not(name, form, magnitude, monkeypatch):
+    choose(form, monkeypatch)
     values = np.random.default_rng(0).normal(size=(3, 4, 2))
     expected, slopes = getattr(references, name)(values)
     total, found = evaluated(name, magnitude * values, dtype="float64")
@@ -214,15 +228,55 @@ def test_norms_in_float64_are_right_where_their_squares_are_not(name, few, magni
     np.testing.assert_allclose(found, slopes, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("few", [0, 10**6])
-def test_each_pair_pulls_with_its_full_strength_whatever_the_size_of_its_difference(few, monkeypatch):
-    monkeypatch.setattr(penalties, "_FEW", few)
+@pytest.mark.parametrize("form", FORMS)
+def test_each_pair_pulls_with_its_full_strength_whatever_the_size_of_its_difference(form, monkeypatch):
+    choose(form, monkeypatch)
     for size, apart in ((1.0, 1e-30), (1e10, 1e-18), (1e30, 1e2), (1e-10, 1e-30)):
         values = np.full((2, 2), [size, 0.0], "float32")
         values[1, 1] = apart
         total, gradient = evaluated("pairwise_norm", values)
         assert total == pytest.approx(apart, rel=1e-4)
         np.testing.assert_allclose(gradient, [[0.0, -1.0], [0.0, 1.0]], rtol=1e-4)
+
+
+def spread_out(kind):
+    """Eight rows of 300 numbers."""
+    random = np.random.default_rng(0)
+    normal = lambda count: random.normal(size=(count, 300))  # noqa: E731
+    return {
+        "random": lambda: normal(8),
+        "far from zero": lambda: 1e-2 * normal(8) + 5.0,
+        "clusters": lambda: np.repeat(normal(2), 4, axis=0) + 1e-4 * normal(8),
+        "one far away": lambda: np.concatenate([1e3 * normal(1), normal(7)]),
+        "clusters in clusters": lambda: (
+            np.repeat(normal(2), 4, 0) + 1e-3 * np.repeat(normal(4), 2, 0) + 1e-6 * normal(8)
+        ),
+        "some equal": lambda: np.repeat(normal(4), 2, axis=0),
+    }[kind]().astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "exactly"),
+    [
+        ("random", False),
+        ("far from zero", False),
+        ("clusters", False),
+        ("one far away", False),
+        ("clusters in clusters", True),
+        ("some equal", True),
+    ],
+)
+def test_products_are_as_right_as_differences_which_few_need(kind, exactly, monkeypatch):
+    used, differences = [], penalties._over_graph
+    monkeypatch.setattr(penalties, "_over_graph", lambda *given: used.append(given) or differences(*given))
+    values = spread_out(kind)
+    total, found = evaluated("pairwise_norm", values)
+    expected, slopes = references.pairwise_norm(values.astype("float64"))
+    assert total == pytest.approx(expected, rel=1e-5)
+    size = np.linalg.norm(slopes, axis=1, keepdims=True)
+    np.testing.assert_allclose(found / size, slopes / size, atol=1e-5)
+    if BACKEND == "torch":  # which computes one branch, and nothing of the other
+        assert bool(used) == exactly
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -249,11 +303,11 @@ def test_no_tensor_is_larger_than_the_group(name, n):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="looks at the operations of a graph of TensorFlow")
-@pytest.mark.parametrize("few", [0, 10**6])
-def test_no_two_pairs_are_held_at_once(few, monkeypatch):
+@pytest.mark.parametrize("form", ["rows", "pairs"])
+def test_no_two_pairs_are_held_at_once(form, monkeypatch):
     import tensorflow as tf
 
-    monkeypatch.setattr(penalties, "_FEW", few)
+    choose(form, monkeypatch)
 
     def total(*values):
         return backend.value_and_gradients(penalties.pairwise_norm, values)
@@ -266,5 +320,5 @@ def test_no_two_pairs_are_held_at_once(few, monkeypatch):
         for operation in graph.get_operations()
         if operation.type == "Sub" and operation.inputs[0].op in members
     ]
-    assert len(differences) == (6 if few == 0 else 15)
+    assert len(differences) == (6 if form == "rows" else 15)
     assert sum(not operation.control_inputs for operation in differences) <= 1

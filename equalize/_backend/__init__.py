@@ -118,6 +118,9 @@ sum_of_squares = _native.sum_of_squares
 
 # ---- arithmetic
 
+product = _native.product
+"""The product of two matrices, in all digits of their dtype."""
+
 stack = _native.stack
 """Tensors of one shape and dtype as the rows of one, without the time that Keras takes for each."""
 

@@ -152,6 +152,10 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
     pass
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     return jnp.stack(tensors)
 

@@ -167,6 +167,13 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
 _READING_OPERATIONS = frozenset({"ReadVariableOp", "ResourceGather", "VariableShape"})
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    # On GPUs TensorFlow may round what it multiplies to ten bits.
+    if tf.config.experimental.tensor_float_32_execution_enabled() and tf.config.list_physical_devices("GPU"):
+        return tf.cast(tf.cast(left, "float64") @ tf.cast(right, "float64"), left.dtype)
+    return left @ right
+
+
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     return tf.stack(tensors)
 

@@ -138,6 +138,10 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return torch.dot(flat, flat)  # one pass over memory
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
+
+
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors))
 

@@ -12,7 +12,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._math import means
+from equalize._math import distances, means
 
 Pair: TypeAlias = tuple[int, int, float]
 """Two members, and how strongly they pull each other."""
@@ -23,6 +23,9 @@ Term: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 # One by one, so many pairs are faster than the forms that take a row or the whole group at a time. A program's size,
 # and so its compilation, grows with their number: by XLA 1.3 s for 16 members, 24 s for 64.
 _FEW = 16 * 15 // 2
+
+# From this many members on, products of matrices are faster than differences.
+_MANY = 4
 
 
 def mean_l2(values: Sequence[Tensor]) -> Tensor:
@@ -49,12 +52,21 @@ def pairwise_l2(values: Sequence[Tensor], factors: np.ndarray | None = None) -> 
 
 def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -> Tensor:
     """Σ_{i<j} f_ij · ‖w_i − w_j‖, not squared. Members that are equal do not pull each other."""
-    factors = np.ones((len(values),) * 2) if factors is None else factors
+    of_pairs = np.ones((len(values),) * 2) if factors is None else factors
     constants = _constants(values)
-    # Room for 2**40 squares in a sum.
-    power = _power(constants, np.finfo(backend.dtype(values[0])).maxexp // 2 - 20)
-    total, slopes = _over_graph([value * power for value in constants], factors, _norm, _norm_rows)
-    return backend.with_gradients(total / power, values, slopes)
+
+    def by_differences() -> tuple[Tensor, Tensor]:
+        # Room for 2**40 squares in a sum.
+        power = _power(constants, np.finfo(backend.dtype(values[0])).maxexp // 2 - 20)
+        total, slopes = _over_graph([value * power for value in constants], of_pairs, _norm, _norm_rows)
+        return total / power, _rows(slopes)
+
+    if len(values) < _MANY:
+        total, slopes = by_differences()
+    else:
+        total, slopes = distances.weighted_sum(_rows(constants), of_pairs, by_differences)
+    shape = values[0].shape
+    return backend.with_gradients(total, values, [ops.reshape(slope, shape) for slope in ops.unstack(slopes)])
 
 
 def chain_l2(values: Sequence[Tensor]) -> Tensor:
@@ -83,7 +95,7 @@ def trace_norm(values: Sequence[Tensor]) -> Tensor:
     rows = _rows(_constants(values))
     power = _power([rows], 0)
     rows = rows * power
-    gram = rows @ ops.transpose(rows)  # `ops.matmul` computes float64 in float32 on PyTorch (Keras 3.15)
+    gram = backend.product(rows, ops.transpose(rows))
     # A solver of some backends raises on what is not finite; that shows in the rotated rows all the same.
     _, vectors = ops.eigh(ops.where(ops.isfinite(gram), gram, 0.0))
     rotated = ops.transpose(vectors) @ rows
