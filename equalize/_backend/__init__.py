@@ -76,6 +76,9 @@ computes_later = _native.computes_later
 may_be_traced = _native.may_be_traced
 """Whether a compiled function may hold a variable, or what it was constrained and regularized by."""
 
+forget_traces = _native.forget_traces
+"""Has a function traced anew, whoever holds what was traced of it. JAX knows a bound method by its object."""
+
 eagerly = _native.eagerly
 """A scope in which arrays are computed with at once, also while a step is traced."""
 

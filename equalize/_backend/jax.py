@@ -75,6 +75,11 @@ def may_be_traced(variable: keras.Variable) -> bool:
     return True  # compiled functions leave no sign
 
 
+def forget_traces(function: Callable[..., Any]) -> None:
+    jitted: Any = jax.jit(function)
+    jitted.clear_cache()
+
+
 def eagerly() -> AbstractContextManager[None]:
     return jax.ensure_compile_time_eval()
 

@@ -1,6 +1,5 @@
 """Compiled models that must look again at their variables and rules."""
 
-import contextlib
 import gc
 import itertools
 import weakref
@@ -58,24 +57,8 @@ def retrace(variables: Iterable[keras.Variable]) -> None:
     for model in models_holding([variable for variable in variables if backend.may_be_traced(variable)]):
         for kind in ("train", "test", "predict"):
             if getattr(model, f"{kind}_function", None) is not None:
-                with _another(model, f"{kind}_step"):
-                    getattr(model, f"make_{kind}_function")(force=True)
-
-
-@contextlib.contextmanager
-def _another(model: keras.Model, method: str) -> Iterator[None]:
-    """Has a model give another function as its method, of the same behaviour.
-
-    JAX finds by a function what it has traced. The bound methods of one object are equal, so as long as anything held
-    the old one, a new trace would be the old one.
-    """
-    step, own = getattr(model, method), {key: value for key, value in vars(model).items() if key == method}
-    vars(model)[method] = lambda *arguments: step(*arguments)
-    try:
-        yield
-    finally:
-        del vars(model)[method]
-        vars(model).update(own)
+                backend.forget_traces(getattr(model, f"{kind}_step"))
+                getattr(model, f"make_{kind}_function")(force=True)
 
 
 def _subclasses(kind: type) -> Iterator[type]:

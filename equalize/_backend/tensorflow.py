@@ -70,6 +70,10 @@ def may_be_traced(variable: keras.Variable) -> bool:
     return sys.getrefcount(variable.value.handle) > sys.getrefcount(untraced.handle)
 
 
+def forget_traces(function: Callable[..., Any]) -> None:
+    pass
+
+
 def eagerly() -> AbstractContextManager[None]:
     return tf.init_scope()
 

@@ -66,6 +66,10 @@ def may_be_traced(variable: keras.Variable) -> bool:
     return False  # what `torch.compile` compiled looks at attributes itself
 
 
+def forget_traces(function: Callable[..., Any]) -> None:
+    pass
+
+
 def eagerly() -> AbstractContextManager[None]:
     return nullcontext()
 
