@@ -100,11 +100,29 @@ QUICK = {"10 groups of ten kernels of 16×16": Sizes(10, 10, 16, ways=("hard", "
 ALL = {**SMOKE, **QUICK, **MODELS}
 
 
+class Chain(keras.Model):
+    """Layers one after the other, as many as one likes."""
+
+    def __init__(self, layers: Sequence[keras.layers.Layer]):
+        super().__init__()
+        self.chain = list(layers)
+
+    def build(self, input_shape: Any) -> None:
+        for layer in dict.fromkeys(self.chain):
+            layer.build(input_shape)
+
+    def call(self, x: Any) -> Any:
+        for layer in self.chain:
+            x = layer(x)
+        return x
+
+
 def build(sizes: Sizes, way: ways.Way) -> tuple[keras.Model, ways.Groups]:
     """A chain of all layers, and what to tie."""
     dense = functools.partial(keras.layers.Dense, sizes.width, activation="tanh", use_bias=sizes.biases)
     groups = {f"group_{i}": way.layers(dense, sizes.members) for i in range(sizes.groups)}
-    model = keras.Sequential([keras.Input((sizes.width,)), *itertools.chain.from_iterable(groups.values())])
+    model = Chain(list(itertools.chain.from_iterable(groups.values())))
+    model.build((None, sizes.width))
     if sizes.biases:
         return model, {name: [layer.bias for layer in layers] for name, layers in groups.items()}
     return model, groups

@@ -116,7 +116,9 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        gradients = [grad_outputs[0] * gradient for gradient in ctx.saved_tensors]
+        (scale,), gradients = grad_outputs, ctx.saved_tensors
+        if scale.device.type != "cpu" or scale != 1.0:  # as it is where losses are added up
+            gradients = [scale * gradient for gradient in gradients]
         return None, None, *gradients, *[None] * len(gradients)
 
 

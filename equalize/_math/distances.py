@@ -65,5 +65,5 @@ def _pulled(factor: Tensor, squares: Tensor, good: Tensor, seen: Tensor) -> Sum:
     """The sum over the pairs that are right, and its gradient: Σ_j f_ij · (v_i − v_j) / ‖v_i − v_j‖ for row i."""
     norms = ops.sqrt(ops.where(good, squares, 1.0))
     pulls = ops.where(good, factor / norms, 0.0)
-    slopes = ops.sum(pulls, axis=1, keepdims=True) * seen - backend.product(pulls, seen)
-    return 0.5 * ops.sum(ops.where(good, factor * norms, 0.0)), slopes
+    laplacian = ops.diag(ops.sum(pulls, axis=1)) - pulls
+    return 0.5 * ops.sum(ops.where(good, factor * norms, 0.0)), backend.product(laplacian, seen)

@@ -37,17 +37,19 @@ def mean_l2(values: Sequence[Tensor]) -> Tensor:
         rows = backend.stack(values)
         rows = rows - ops.stop_gradient(rows[:1])  # so that members that are equal are 0, and so is their mean
         return backend.sum_of_squares(rows - ops.stop_gradient(ops.mean(rows, axis=0)))
-    mean = backend.computed_once(means.mean(_constants(values)))
-    squares = [backend.sum_of_squares(value - mean) for value in values]
-    return sum(squares[1:], start=squares[0])
+    constants = _constants(values)
+    mean = backend.computed_once(means.mean(constants))
+    deviations = [value - mean for value in constants]
+    squares = [backend.sum_of_squares(deviation) for deviation in deviations]
+    return 2.0 * backend.with_gradients(0.5 * sum(squares[1:], start=squares[0]), values, deviations)
 
 
 def pairwise_l2(values: Sequence[Tensor], factors: np.ndarray | None = None) -> Tensor:
     """Σ_{i<j} f_ij · ‖w_i − w_j‖². Without factors it is n · Σ_i ‖w_i − mean‖², which forms no pair."""
     if factors is None:
         return mean_l2(values) * len(values)
-    total, slopes = _over_graph(_constants(values), factors, _squared, _squared_rows)
-    return backend.with_gradients(total, values, slopes)
+    half, slopes = _over_graph(_constants(values), factors, _half_squared, _half_squared_rows)
+    return 2.0 * backend.with_gradients(half, values, slopes)
 
 
 def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -> Tensor:
@@ -75,8 +77,8 @@ def chain_l2(values: Sequence[Tensor]) -> Tensor:
         rows = backend.stack(values)
         return backend.sum_of_squares(rows[1:] - rows[:-1])
     pairs = [(i, i + 1, 1.0) for i in range(len(values) - 1)]
-    total, slopes = _over_pairs(_constants(values), pairs, _squared)
-    return backend.with_gradients(total, values, slopes)
+    half, slopes = _over_pairs(_constants(values), pairs, _half_squared)
+    return 2.0 * backend.with_gradients(half, values, slopes)
 
 
 def pairwise_l1(values: Sequence[Tensor]) -> Tensor:
@@ -198,12 +200,12 @@ def _rows(values: Sequence[Tensor]) -> Tensor:
     return backend.stack([ops.reshape(value, (-1,)) for value in values])
 
 
-def _squared(difference: Tensor) -> tuple[Tensor, Tensor]:
-    return backend.sum_of_squares(difference), 2.0 * difference
+def _half_squared(difference: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.5 * backend.sum_of_squares(difference), difference
 
 
-def _squared_rows(differences: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.sum(ops.square(differences), axis=1), 2.0 * differences
+def _half_squared_rows(differences: Tensor) -> tuple[Tensor, Tensor]:
+    return 0.5 * ops.sum(ops.square(differences), axis=1), differences
 
 
 def _norm(difference: Tensor) -> tuple[Tensor, Tensor]:
