@@ -18,7 +18,7 @@ NAMES = ["mean_l2", "pairwise_l2", "pairwise_norm", "pairwise_l1", "chain_l2", "
 WEIGHTED = ["pairwise_l2", "pairwise_norm"]
 FORMS = {  # in which all pairs are computed
     "products": {"_MANY": 2},
-    "rows": {"_MANY": 10**6, "_FEW": 0},
+    "rows": {"_MANY": 10**6, "_FEW": 0, "_SORTED": 1},
     "pairs": {"_MANY": 10**6, "_FEW": 10**6},
 }
 BY_DIFFERENCES = [name for name in NAMES if name != "trace_norm"]
