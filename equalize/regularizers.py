@@ -274,10 +274,10 @@ class PairwiseL1(_Shipped):
     the members may differ in a few weights and share all others. For members that agree as a whole or not at all, take
     `PairwiseNorm`.
 
-    In each entry a member is pulled by the number of members above it less the number below it, which sorting tells
-    without forming a pair: O(n log n) time for a group of n, and O(n) memory. Groups of up to 16 are compared
-    directly, which is faster. Equal entries do not pull each other (the subgradient 0). Steps along a subgradient
-    come near to equality and then hop about it, by about learning rate times factor times n.
+    In each entry a member is pulled by the number of members above it less the number below it. Groups of up to 64
+    are compared pair by pair, in O(n²) time for a group of n; larger ones are sorted, in O(n log n). Both take O(n)
+    memory. Equal entries do not pull each other (the subgradient 0). Steps along a subgradient come near to equality
+    and then hop about it, by about learning rate times factor times n.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
