@@ -41,10 +41,12 @@ class _Built:
 
     Attributes:
         variables: All variables that are trained.
+        found: The hard groups that were found last, after the ties and the anchors of then.
     """
 
     def __init__(self, variables: Sequence[keras.Variable]):
         self.variables = list(variables)
+        self.found: tuple[Any, list[SharedUpdate]] | None = None
         self._indices = {id(variable): index for index, variable in enumerate(variables)}
 
     def indices(self, variables: Sequence[keras.Variable]) -> list[int]:
@@ -387,16 +389,29 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         optimizer._loaded = True
         return optimizer
 
-    def _updates(self, variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
-        """The hard groups among the variables: the registry's, or where it has none those that are on them."""
+    def _groups(self, variables: Sequence[keras.Variable]) -> list[TiedGroup]:
+        """The registry's groups, or where it has none those that are on the variables."""
         groups = list(self.registry.values())
         if not groups:
             bound = [group_of(tie) for variable in variables for tie in ties_on(variable)]
             groups = list({id(group): group for group in bound if group is not None}.values())
-        return shared_updates(groups, variables)
+        return groups
+
+    def _updates(self, variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
+        """The hard groups among the variables."""
+        return shared_updates(self._groups(variables), variables)
 
     def _updates_as_built(self) -> list[SharedUpdate]:
-        """The hard groups now, which must be those that slots were made for."""
+        """The hard groups now, which must be those that slots were made for; found anew where ties have changed."""
+        if self._built is None:
+            return self._find_updates()
+        groups = [(group, group.rule, group.members) for group in self._groups(self._trained)]
+        anchors = [[member.anchor for member in members] for _, _, members in groups]
+        if self._built.found is None or self._built.found[0] != (groups, anchors):
+            self._built.found = (groups, anchors), self._find_updates()
+        return self._built.found[1]
+
+    def _find_updates(self) -> list[SharedUpdate]:
         updates = self._updates(self._trained)
         self._require_updates(updates)
         known = self._known = frozenset(id(update.group) for update in updates) if self._known is None else self._known
