@@ -58,13 +58,13 @@ class FirstStep(Task):
         members = GROUPINGS[case["grouping"]]
         count = case["count"] * (members or 1)
         seconds(ways.WAYS["untied"], members or 2, 2)  # what is slow once for all
-        for name in WAYS:
+        for name in options.choose(WAYS, ("untied", "hard"), WAYS):
             yield {"way": name, "seconds": seconds(ways.WAYS[name], count, members or count)}
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []
         for grouping in distinct(records, "grouping"):
-            for name in WAYS:
+            for name in distinct(records, "way"):
                 part = where(records, grouping=grouping, way=name)
                 times = {record["count"]: record["seconds"] for record in part}
                 power, most = exponent(times), max(times)
@@ -79,7 +79,7 @@ class FirstStep(Task):
         for grouping, axes in zip(
             groupings, figure.subplots(1, len(groupings), sharey=True, squeeze=False)[0], strict=True
         ):
-            for name in WAYS:
+            for name in distinct(records, "way"):
                 part = where(records, grouping=grouping, way=name)
                 counts, times = [r["count"] for r in part], [r["seconds"] for r in part]
                 axes.plot(counts, times, "o-", color=timing.color(name), label=timing.label(name), markersize=4)

@@ -96,7 +96,7 @@ MODELS = {
     ),
 }
 SMOKE = {"2 groups of three kernels of 4×4": Sizes(2, 3, 4, ways=("reference", "exact", "hard", "mean_l2"))}
-QUICK = {"10 groups of ten kernels of 16×16": Sizes(10, 10, 16, ways=("hard", "mean_l2"))}
+QUICK = {"4 groups of ten kernels of 16×16": Sizes(4, 10, 16, ways=("hard", "mean_l2"))}
 ALL = {**SMOKE, **QUICK, **MODELS}
 
 
