@@ -16,7 +16,7 @@ from keras import ops
 
 from equalize._backend.common import dtype, is_variable
 from equalize._backend.keras_private import held_value, in_symbolic_scope
-from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one
+from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one, write_one_by_one
 
 
 def is_raw_variable(x: Any) -> bool:
@@ -180,9 +180,7 @@ def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
 
 
 def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-    return list(values)
+    return write_one_by_one(variables, values)
 
 
 def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import ops
 
 from equalize._backend.keras_private import held_value, in_symbolic_scope
-from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one
+from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one, write_one_by_one
 
 # Below this many entries a launch of its own costs more than the passes over memory that fusing saves.
 _WORTH_FUSING = 2**15
@@ -196,9 +196,7 @@ def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
 
 
 def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-    return list(values)
+    return write_one_by_one(variables, values)
 
 
 def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = False) -> WriteTracker:

@@ -34,6 +34,13 @@ def track_one_by_one(
     return none_written
 
 
+def write_one_by_one(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
+    """Assigns values to variables; returns the values."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return list(values)
+
+
 def mix_in_passes(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
     """`(1 − share)·left + share·right`, and exactly `left` wherever both are the same number.
 

@@ -14,7 +14,7 @@ from keras import ops
 
 from equalize._backend.common import current_scope, is_variable
 from equalize._backend.keras_private import held_value, in_symbolic_scope, replace_torch_parameter
-from equalize._backend.tensors import Tensor, WriteTracker, mix_in_passes, track_one_by_one
+from equalize._backend.tensors import Tensor, WriteTracker, mix_in_passes, track_one_by_one, write_one_by_one
 
 _COPY = getattr(torch, "_foreach_copy_")  # noqa: B009 - PyTorch lists it for no type checker
 _VERSION = operator.attrgetter("_version")
@@ -181,8 +181,7 @@ def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variab
 
 def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
     if current_scope() is not None:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
+        write_one_by_one(variables, values)
     elif variables:
         with torch.no_grad():
             _COPY([variable.value for variable in variables], list(values))

@@ -16,7 +16,7 @@ from equalize import _backend as backend
 from equalize._backend import Tensor
 
 # Up to this many entries an operation takes as long on a hundred tensors, the rows of a stack, as on one.
-_SMALL = 2**14
+SMALL = 2**14
 
 
 def mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def relax(values: Sequence[Tensor], target: Tensor, rate: float | Tensor) -> lis
 
 def are_small(values: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape are better computed with as the rows of a stack."""
-    return len(values) > 2 and math.prod(values[0].shape) <= _SMALL
+    return len(values) > 2 and math.prod(values[0].shape) <= SMALL
 
 
 def widen(value: Tensor) -> Tensor:

@@ -60,16 +60,20 @@ def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -
     of_pairs = np.ones((len(values),) * 2) if factors is None else factors
     constants = _constants(values)
 
-    def by_differences() -> tuple[Tensor, Tensor]:
+    def by_differences() -> tuple[Tensor, list[Tensor]]:
         # Room for 2**40 squares in a sum.
         power = _power(constants, np.finfo(backend.dtype(values[0])).maxexp // 2 - 20)
         total, slopes = _over_graph([value * power for value in constants], of_pairs, _norm, _norm_rows)
-        return total / power, _rows(slopes)
+        return total / power, slopes
+
+    def rows_by_differences() -> tuple[Tensor, Tensor]:
+        total, slopes = by_differences()
+        return total, _rows(slopes)
 
     if len(values) < _MANY:
-        total, slopes = by_differences()
-    else:
-        total, slopes = distances.weighted_sum(_rows(constants), of_pairs, by_differences)
+        total, pulls = by_differences()
+        return backend.with_gradients(total, values, pulls)
+    total, slopes = distances.weighted_sum(_rows(constants), of_pairs, rows_by_differences)
     shape = values[0].shape
     return backend.with_gradients(total, values, [ops.reshape(slope, shape) for slope in ops.unstack(slopes)])
 
@@ -102,11 +106,11 @@ def trace_norm(values: Sequence[Tensor]) -> Tensor:
     gram = backend.product(rows, ops.transpose(rows))
     # A solver of some backends raises on what is not finite; that shows in the rotated rows all the same.
     _, vectors = ops.eigh(ops.where(ops.isfinite(gram), gram, 0.0))
-    rotated = ops.transpose(vectors) @ rows
+    rotated = backend.product(ops.transpose(vectors), rows)
     singular = ops.sqrt(ops.sum(ops.square(rotated), axis=1))
     noise = _RANK_CUT[backend.dtype(rows)] * ops.max(singular)
     inverse = ops.where(singular <= noise, 0.0, 1.0 / singular)
-    slopes = ops.unstack((vectors * inverse) @ rotated)
+    slopes = ops.unstack(backend.product(vectors * inverse, rotated))
     shape = values[0].shape
     return backend.with_gradients(ops.sum(singular) / power, values, [ops.reshape(slope, shape) for slope in slopes])
 
@@ -166,7 +170,7 @@ def _over_rows(values: Sequence[Tensor], factors: np.ndarray, terms: Term) -> tu
             factor = ops.convert_to_tensor(factors[i : i + 1], dtype=rows.dtype)
             value, slope = terms(row - rows)
             total = total + 0.5 * ops.sum(factor * value)
-            slopes.append(ops.reshape(factor @ slope, values[0].shape))
+            slopes.append(ops.reshape(backend.product(factor, slope), values[0].shape))
     return total, slopes
 
 

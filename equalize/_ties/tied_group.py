@@ -186,9 +186,6 @@ class TiedGroup(Group):
             values = [ops.copy(value) for value in values]
         projected = rule.project(values)
         _require_shapes(self, projected, values)
-        if self.inner is not None and not rule.one_value:
-            inner = {id(value): ops.cast(self.inner(value), value.dtype) for value in projected}
-            projected = [inner[id(value)] for value in projected]
         return together.once_for_all(rule, projected)
 
     def pulled(self, members: Sequence[Member]) -> list[Tensor]:
@@ -318,7 +315,7 @@ class TiedGroup(Group):
         return value
 
     def can_read(self, members: Sequence[Member]) -> bool:
-        """Whether the step can read all members; one by one, with an error that says what is missing, it must."""
+        """Whether the step can read all members, which `projected` requires with an error that names the first."""
         if backend.current_scope() is None:
             return not any(backend.is_purged(member.variable) for member in members)
         return all(backend.is_visible(member.variable) for member in members)

@@ -10,14 +10,13 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor, keras_private
+from equalize._math import means
 from equalize._ties import bound
 from equalize._ties.rules import Rule
-
-# From this many entries on, joining the members costs more passes over memory than it saves operations.
-_SMALL = 2**14
 
 _DONE: weakref.WeakKeyDictionary[Any, dict[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
 """For each call of an optimizer that runs: what the rules made of the groups that have not asked for it yet."""
@@ -54,7 +53,7 @@ def _kind(group: Any) -> Hashable:
     members = group.members
     if not group.rule.entrywise or group.inner is not None or not group.can_read(members):
         return None
-    if any(member.anchor for member in members) or math.prod(members[0].common_shape) > _SMALL:
+    if any(member.anchor for member in members) or math.prod(members[0].common_shape) > means.SMALL:
         return None
     rule = group.computing_rule(members)
     strength = rule.strength if isinstance(rule.strength, float) else id(rule.strength)
@@ -73,8 +72,12 @@ def _joined(groups: Sequence[Any]) -> Iterator[tuple[Any, list[Tensor]]]:
 
 
 def once_for_all(rule: Rule, values: Sequence[Tensor]) -> list[Tensor]:
-    """What a rule has made of members, each value computed once for all that get it; several may get one."""
+    """What a rule has made of members, each value computed once for all that get it, with the constraint inside."""
     if rule.one_value and not rule.hard:
         return list(values)  # of which each goes to one member
-    done = {id(value): backend.computed_once(value) for value in {id(value): value for value in values}.values()}
+    done = {id(value): value for value in values}
+    for key, value in done.items():
+        # A rule of one value has applied the constraint itself.
+        obeying = value if rule.inner is None or rule.one_value else ops.cast(rule.inner(value), value.dtype)
+        done[key] = backend.computed_once(obeying)
     return [done[id(value)] for value in values]
