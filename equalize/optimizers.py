@@ -161,28 +161,30 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             TieBrokenError: The members of a hard group are not equal.
             GroupMismatchError: A part of a group is given, or the inner optimizer treats members differently.
         """
-        self._build(variables, loading=self._loaded and self._updated is None)
+        self._build(variables, loading=self._loaded)
 
     def _build(self, variables: Any, *, loading: bool) -> None:
         """Builds as `build` says. Keras builds what it loads, trained or not: without ties that waits for training."""
         variables = self._checked("variables", variables)
         if self.built or not variables:  # all is frozen, or Keras reads an HDF5 file before it knows the variables
             return
-        if self._loaded:
+        if self._loaded or self._problem:
             self._link(variables)
         updates = self._updates(variables)
-        if loading and not updates:
-            self._loaded = False
+        stale = max(self._updated or (), default=0) >= len(variables)
+        if loading and not updates and (stale or self._updated is None):
+            self._loaded, self._updated = False, None
             return
         for update in updates:
             _require_all_members(update)
             _require_one_treatment(update, self.inner_optimizer)
             validation.require_equal_if_known(update.group)
-        if updates or self._updated is None or max(self._updated, default=0) >= len(variables):
+        updated = self._updated
+        if updates or stale or updated is None:
             self._require_updates(updates)
-            self._updated = tuple(updated_indices(updates, len(variables)))
+            updated = self._updated = tuple(updated_indices(updates, len(variables)))
         self._known = frozenset(id(update.group) for update in updates) or None
-        self.inner_optimizer.build([variables[index] for index in self._updated])
+        self.inner_optimizer.build([variables[index] for index in updated])
         self._built = _Built(variables)
         self.built = True
 
@@ -202,6 +204,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def _link(self, variables: Sequence[keras.Variable]) -> None:
         """Links the registry of a loaded optimizer with the model that trains the variables, where that can be done."""
+        self._problem = None
         trained = {id(variable) for variable in variables}
         models = [
             model

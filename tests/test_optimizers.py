@@ -618,3 +618,22 @@ def test_an_optimizer_without_ties_can_be_saved_and_loaded_and_not_trained(tmp_p
     loaded.optimizer.registry.tie("towers", kernels(loaded), Equal())
     train(loaded)
     assert bitwise_equal(*kernels(loaded))
+
+
+def test_a_clone_whose_frozen_members_differ_is_linked_when_they_do_not():
+    """Keras gives a clone other values and builds its optimizer, before anyone can give it those of the model."""
+    model = towers(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", kernels(model), Equal(), initial="first")
+    model.compile(TiedOptimizer("adam", registry), "mse")
+    train(model)
+    for layer in model.layers:
+        if any(weight is kernel for weight in layer.weights for kernel in kernels(model)):
+            layer.trainable = False
+    with pytest.raises(NotLinkedError, match="do not move"):
+        train(keras.models.clone_model(model))
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    train(clone)
+    assert list(clone.optimizer.registry) == ["towers"]
+    assert bitwise_equal(*kernels(clone), *kernels(model))

@@ -8,7 +8,7 @@ import keras
 
 from equalize._backend.common import current_scope, dtype, in_symbolic_scope, is_purged, is_variable, is_visible
 from equalize._backend.keras_private import applying
-from equalize._backend.tensors import Tensor, WriteTracker
+from equalize._backend.tensors import Columns, Tensor, WriteTracker
 
 if keras.backend.backend() == "tensorflow":
     from equalize._backend import tensorflow as _native
@@ -22,7 +22,7 @@ else:
         f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND before Keras is imported."
     )
 
-__all__ = ["Tensor", "WriteTracker"]
+__all__ = ["Columns", "Tensor", "WriteTracker"]
 __all__ += ["applying", "current_scope", "dtype", "in_symbolic_scope", "is_purged", "is_variable", "is_visible"]
 
 # ---- values of variables
@@ -117,9 +117,12 @@ scale_gradient = _native.scale_gradient
 """A multiple of a gradient; of a sparse one sparse."""
 
 sum_of_squares = _native.sum_of_squares
-"""Σ x², a scalar."""
+"""Σ x² over the entries of all tensors, which have one shape: a scalar."""
 
 # ---- arithmetic
+
+columns = _native.columns
+"""The `Columns` of some tensors of one shape: in parts where the backend reads memory again for each result."""
 
 product = _native.product
 """The product of two matrices, in all digits of their dtype."""

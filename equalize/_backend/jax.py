@@ -16,7 +16,17 @@ from keras import ops
 
 from equalize._backend.common import dtype, is_variable
 from equalize._backend.keras_private import held_value, in_symbolic_scope
-from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one, write_one_by_one
+from equalize._backend.tensors import (
+    Columns,
+    Computation,
+    Tensor,
+    WriteTracker,
+    mark_nans,
+    mix_in_passes,
+    track_one_by_one,
+    unstacked,
+    write_one_by_one,
+)
 
 
 def is_raw_variable(x: Any) -> bool:
@@ -149,8 +159,47 @@ def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
     return gradient * factor
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    return ops.sum(ops.square(x))
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    # Entry by entry first: where it sums up a tensor that others need, XLA writes that to memory for them.
+    squares = [ops.square(x) for x in tensors]
+    entries = functools.reduce(ops.add, squares)
+    return ops.sum(entries if len(tensors) == 1 else computed_once(entries))
+
+
+def columns(tensors: Sequence[Tensor]) -> Columns:
+    count = _blocks(len(tensors), math.prod(tensors[0].shape))
+    traced_for_cpu = any(is_traced(x) for x in tensors) and jax.default_backend() == "cpu"
+    return _Blocks(tensors, count) if count > 1 and traced_for_cpu else Columns(tensors)
+
+
+def _blocks(rows: int, length: int) -> int:
+    """In how many blocks of one size to see `length` columns, at best of 2**18 entries; 1 where they do not divide."""
+    least = rows * length // 2**18
+    return next((count for count in range(least, 8 * least + 1) if count and length % count == 0), 1)
+
+
+class _Blocks(Columns):
+    """A loop over blocks of columns that a CPU's caches hold: XLA reads the rows again for each that it computes."""
+
+    def __init__(self, tensors: Sequence[Tensor], count: int, prepare: Callable[[Any], Any] = list):
+        self._tensors, self._count, self._prepare = tensors, count, prepare
+
+    def map(self, function: Callable[[Any], Any]) -> Columns:
+        return _Blocks(self._tensors, self._count, lambda rows: function(self._prepare(rows)))
+
+    def compute(self, function: Computation) -> tuple[Tensor, list[Tensor]]:
+        def one(block: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            more, rows = function(self._prepare(block))
+            return more, list(unstacked(rows))
+
+        def step(total: Tensor, block: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            more, rows = one(block)
+            return total + more, rows
+
+        blocks = [jnp.reshape(x, (self._count, -1)) for x in self._tensors]
+        total = jax.eval_shape(one, [block[0] for block in blocks])[0]
+        total, rows = jax.lax.scan(step, jnp.zeros(total.shape, total.dtype), blocks)
+        return total, [jnp.reshape(row, self._tensors[0].shape) for row in rows]
 
 
 def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,7 +15,15 @@ import tensorflow as tf
 from keras import ops
 
 from equalize._backend.keras_private import held_value, in_symbolic_scope
-from equalize._backend.tensors import Tensor, WriteTracker, mark_nans, mix_in_passes, track_one_by_one, write_one_by_one
+from equalize._backend.tensors import (
+    Columns,
+    Tensor,
+    WriteTracker,
+    mark_nans,
+    mix_in_passes,
+    track_one_by_one,
+    write_one_by_one,
+)
 
 # Below this many entries a launch of its own costs more than the passes over memory that fusing saves.
 _WORTH_FUSING = 2**15
@@ -157,8 +166,13 @@ def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
     return gradient * factor
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    return 2.0 * tf.nn.l2_loss(x)  # one operation, with a gradient that reads `x` once
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    # One operation each, with a gradient that reads the tensor once.
+    return 2.0 * functools.reduce(operator.add, [tf.nn.l2_loss(x) for x in tensors])
+
+
+def columns(tensors: Sequence[Tensor]) -> Columns:
+    return Columns(tensors)
 
 
 def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:

@@ -1,4 +1,4 @@
-"""Types for annotations, and arithmetic that several backends need."""
+"""Types for annotations, and what several backends compute in one way."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +12,10 @@ Tensor: TypeAlias = Any
 
 WriteTracker: TypeAlias = Callable[[keras.Variable], "Tensor | None"]
 """Given the variable that it tracks, returns its value if it is unwritten, else None."""
+
+
+Computation: TypeAlias = Callable[[Any], "tuple[Tensor, Tensor | Sequence[Tensor]]"]
+"""From rows to a tensor that adds up over their columns, and to rows, as a matrix or a list."""
 
 
 def mark_nans(value: Tensor) -> Tensor:
@@ -48,3 +52,30 @@ def mix_in_passes(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
     which would add before it scales and so overflow (Grappler's arithmetic optimizer, TensorFlow 2.21).
     """
     return ops.where(left == right, left, left * (1.0 - share) - right * (-share))
+
+
+class Columns:
+    """Tensors of one shape, flattened, as the rows of a matrix whose columns do not matter to each other.
+
+    Functions of it may be called with any part of the columns, and once for each part.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._shape = tensors[0].shape
+        self._whole: Any = [ops.reshape(x, (-1,)) for x in tensors]
+
+    def map(self, function: Callable[[Any], Any]) -> "Columns":
+        """The same columns, as what `function` makes of the list of their rows."""
+        mapped = object.__new__(Columns)
+        mapped._shape, mapped._whole = self._shape, function(self._whole)
+        return mapped
+
+    def compute(self, function: Computation) -> tuple[Tensor, list[Tensor]]:
+        """What `function` returns, with its rows in the shape of the tensors that the columns were made of."""
+        total, rows = function(self._whole)
+        return total, [ops.reshape(row, self._shape) for row in unstacked(rows)]
+
+
+def unstacked(rows: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows of a matrix, or of a list."""
+    return rows if isinstance(rows, (list, tuple)) else ops.unstack(rows)

@@ -1,5 +1,6 @@
 """The backend's functions on PyTorch, which runs eagerly."""
 
+import functools
 import math
 import operator
 import weakref
@@ -14,7 +15,7 @@ from keras import ops
 
 from equalize._backend.common import current_scope, is_variable
 from equalize._backend.keras_private import held_value, in_symbolic_scope, replace_torch_parameter
-from equalize._backend.tensors import Tensor, WriteTracker, mix_in_passes, track_one_by_one, write_one_by_one
+from equalize._backend.tensors import Columns, Tensor, WriteTracker, mix_in_passes, track_one_by_one, write_one_by_one
 
 _COPY = getattr(torch, "_foreach_copy_")  # noqa: B009 - PyTorch lists it for no type checker
 _VERSION = operator.attrgetter("_version")
@@ -139,9 +140,13 @@ def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
     return gradient * factor
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    flat = x.reshape(-1)
-    return torch.dot(flat, flat)  # one pass over memory
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    flat = [x.reshape(-1) for x in tensors]
+    return functools.reduce(operator.add, [torch.dot(x, x) for x in flat])  # one pass over memory
+
+
+def columns(tensors: Sequence[Tensor]) -> Columns:
+    return Columns(tensors)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Each takes the values of all members, tensors of one shape, and returns a scalar
 the gradients are known better than a backend finds them they come with the value.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -39,19 +41,19 @@ def mean_l2(values: Sequence[Tensor]) -> Tensor:
     if means.are_small(values):
         rows = backend.stack(values)
         rows = rows - ops.stop_gradient(rows[:1])  # so that members that are equal are 0, and so is their mean
-        return backend.sum_of_squares(rows - ops.stop_gradient(ops.mean(rows, axis=0)))
+        return backend.sum_of_squares([rows - ops.stop_gradient(ops.mean(rows, axis=0))])
     constants = _constants(values)
     mean = backend.computed_once(means.mean(constants))
     deviations = [value - mean for value in constants]
-    squares = [backend.sum_of_squares(deviation) for deviation in deviations]
-    return 2.0 * backend.with_gradients(0.5 * sum(squares[1:], start=squares[0]), values, deviations)
+    return 2.0 * backend.with_gradients(0.5 * backend.sum_of_squares(deviations), values, deviations)
 
 
 def pairwise_l2(values: Sequence[Tensor], factors: np.ndarray | None = None) -> Tensor:
     """Σ_{i<j} f_ij · ‖w_i − w_j‖². Without factors it is n · Σ_i ‖w_i − mean‖², which forms no pair."""
     if factors is None:
         return mean_l2(values) * len(values)
-    half, slopes = _over_graph(_constants(values), factors, _half_squared, _half_squared_rows)
+    columns = backend.columns(_constants(values))
+    half, slopes = columns.compute(lambda rows: _over_graph(rows, factors, _half_squared, _half_squared_rows))
     return 2.0 * backend.with_gradients(half, values, slopes)
 
 
@@ -66,31 +68,29 @@ def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -
         total, slopes = _over_graph([value * power for value in constants], of_pairs, _norm, _norm_rows)
         return total / power, slopes
 
-    def rows_by_differences() -> tuple[Tensor, Tensor]:
-        total, slopes = by_differences()
-        return total, _rows(slopes)
-
-    if len(values) < _MANY:
-        total, pulls = by_differences()
-        return backend.with_gradients(total, values, pulls)
-    total, slopes = distances.weighted_sum(_rows(constants), of_pairs, rows_by_differences)
-    shape = values[0].shape
-    return backend.with_gradients(total, values, [ops.reshape(slope, shape) for slope in ops.unstack(slopes)])
+    by_products = functools.partial(distances.weighted_sum, constants, of_pairs, by_differences)
+    total, slopes = (by_differences if len(values) < _MANY else by_products)()
+    return backend.with_gradients(total, values, slopes)
 
 
 def chain_l2(values: Sequence[Tensor]) -> Tensor:
     """Σ_i ‖w_{i+1} − w_i‖²."""
     if means.are_small(values):
         rows = backend.stack(values)
-        return backend.sum_of_squares(rows[1:] - rows[:-1])
-    pairs = [(i, i + 1, 1.0) for i in range(len(values) - 1)]
-    half, slopes = _over_pairs(_constants(values), pairs, _half_squared)
+        return backend.sum_of_squares([rows[1:] - rows[:-1]])
+    constants = _constants(values)
+    if len(constants) == 1:
+        return backend.with_gradients(ops.zeros((), constants[0].dtype), values, [ops.zeros_like(constants[0])])
+    steps = [after - before for before, after in itertools.pairwise(constants)]
+    half = 0.5 * backend.sum_of_squares(steps)
+    slopes = [-steps[0], *[before - after for before, after in itertools.pairwise(steps)], steps[-1]]
     return 2.0 * backend.with_gradients(half, values, slopes)
 
 
 def pairwise_l1(values: Sequence[Tensor]) -> Tensor:
     """Σ_{i<j} ‖w_i − w_j‖₁, whose gradient is, in each coordinate, the number of members below less that above."""
-    total, slopes = (_by_signs if len(values) <= _SORTED else _by_rank)(_constants(values))
+    by_columns = _by_signs if len(values) <= _SORTED else _by_rank
+    total, slopes = backend.columns(_constants(values)).compute(by_columns)
     return backend.with_gradients(total, values, slopes)
 
 
@@ -100,19 +100,19 @@ def trace_norm(values: Sequence[Tensor]) -> Tensor:
     The left singular vectors U come from the n×n Gram matrix. The singular values are the norms of the rows of UᵀW:
     as roots of the Gram matrix's eigenvalues they would be wrong by the root of the rounding error.
     """
-    rows = _rows(_constants(values))
-    power = _power([rows], 0)
-    rows = rows * power
-    gram = backend.product(rows, ops.transpose(rows))
+    constants = _constants(values)
+    power = _power(constants, 0)
+    columns = backend.columns(constants).map(lambda rows: backend.stack(rows) * power)
+    gram, _ = columns.compute(lambda rows: (backend.product(rows, ops.transpose(rows)), []))
     # A solver of some backends raises on what is not finite; that shows in the rotated rows all the same.
     _, vectors = ops.eigh(ops.where(ops.isfinite(gram), gram, 0.0))
-    rotated = backend.product(ops.transpose(vectors), rows)
-    singular = ops.sqrt(ops.sum(ops.square(rotated), axis=1))
-    noise = _RANK_CUT[backend.dtype(rows)] * ops.max(singular)
+    rotated = columns.map(lambda rows: backend.product(ops.transpose(vectors), rows))
+    squares, _ = rotated.compute(lambda rows: (ops.sum(ops.square(rows), axis=1), []))
+    singular = ops.sqrt(squares)
+    noise = _RANK_CUT[backend.dtype(gram)] * ops.max(singular)
     inverse = ops.where(singular <= noise, 0.0, 1.0 / singular)
-    slopes = ops.unstack(backend.product(vectors * inverse, rotated))
-    shape = values[0].shape
-    return backend.with_gradients(ops.sum(singular) / power, values, [ops.reshape(slope, shape) for slope in slopes])
+    _, slopes = rotated.compute(lambda rows: (ops.zeros(()), backend.product(vectors * inverse, rows)))
+    return backend.with_gradients(ops.sum(singular) / power, values, slopes)
 
 
 # Singular values below this part of the largest are rounding, and have the subgradient 0.
@@ -188,9 +188,9 @@ def _by_signs(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return sum(parts[1:], start=parts[0]), slopes
 
 
-def _by_rank(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _by_rank(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The penalty over all absolute differences and its gradients, by sorting the group in each coordinate."""
-    rows, n = _rows(values), len(values)
+    rows, n = backend.stack(values), len(values)
     order = ops.argsort(rows, axis=0)
     ascending = ops.take_along_axis(rows, order, axis=0)
     place = ops.expand_dims(ops.arange(n, dtype=rows.dtype), 1)
@@ -203,7 +203,7 @@ def _by_rank(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     ranks = below - above
     total = ops.sum(ranks * (ascending - ascending[n // 2]))
     slopes = ops.take_along_axis(ranks, ops.argsort(order, axis=0), axis=0)
-    return total, [ops.reshape(slope, values[0].shape) for slope in ops.unstack(slopes)]
+    return total, slopes
 
 
 def _running(largest: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def _rows(values: Sequence[Tensor]) -> Tensor:
 
 
 def _half_squared(difference: Tensor) -> tuple[Tensor, Tensor]:
-    return 0.5 * backend.sum_of_squares(difference), difference
+    return 0.5 * backend.sum_of_squares([difference]), difference
 
 
 def _half_squared_rows(differences: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ def _half_squared_rows(differences: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm(difference: Tensor) -> tuple[Tensor, Tensor]:
-    norm = ops.sqrt(backend.sum_of_squares(difference))
+    norm = ops.sqrt(backend.sum_of_squares([difference]))
     return norm, _reciprocal(norm) * difference
 
 
