@@ -15,7 +15,7 @@ Example:
 'equal'
 """
 
-from equalize import callbacks, constraints, errors, optimizers, regularizers, views
+from equalize import callbacks, constraints, errors, optimizers, regularizers, saving, views
 from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._version import __version__
@@ -33,6 +33,7 @@ __all__ = [
     "optimizers",
     "regularizers",
     "relation",
+    "saving",
     "share",
     "views",
 ]

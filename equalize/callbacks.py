@@ -1,7 +1,7 @@
 """Callbacks: what happens to ties around a training run, beyond its steps.
 
 `TieMonitor` logs how far apart members are and repairs hard ties when training ends; `FactorSchedule` changes how
-strongly a group is tied from epoch to epoch.
+strongly a group is tied from epoch to epoch; `TiedCheckpoint` keeps files of the model, small and with the ties.
 """
 
 import functools
@@ -26,8 +26,9 @@ from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
+from equalize.saving import save_model, save_weights
 
-__all__ = ["FactorSchedule", "TieMonitor"]
+__all__ = ["FactorSchedule", "TieMonitor", "TiedCheckpoint"]
 
 
 class TieMonitor(keras.callbacks.Callback):
@@ -333,3 +334,64 @@ class FactorSchedule(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
             logs.update({f"factor/{group.name}": group.rule.strength for group in self.registry.select(self.names)})
+
+
+class TiedCheckpoint(keras.callbacks.ModelCheckpoint):
+    """Keras's `ModelCheckpoint`, with files as `equalize.saving` writes them.
+
+    Equal arrays are stored once, the ties travel with the model, and a file is replaced in one step: a run that is
+    killed while it writes leaves the last one whole. `equalize.saving.load_model` reads what is saved, and so does
+    Keras.
+
+    Args:
+        filepath: As `keras.callbacks.ModelCheckpoint` takes it, ending in `.keras`, or in `.weights.h5` with
+            `save_weights_only=True`; on a local disk.
+        registry: The registry whose ties to save; by default all ties of the model's weights.
+        **kwargs: As `keras.callbacks.ModelCheckpoint` takes them: `monitor`, `save_best_only`, `save_freq`, ...
+
+    Raises:
+        TypeError: `registry` is not a registry.
+        ValueError: As `keras.callbacks.ModelCheckpoint`.
+        EqualizeError: A file is written, and its name is no `.keras` or `.weights.h5` file on a local disk.
+
+    Example:
+    >>> import keras, numpy as np, os, tempfile, equalize
+    >>> left, right = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Sequential([keras.Input((2,)), left, right])
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("pair", [left.kernel, right.kernel], equalize.constraints.Equal())
+    >>> model.compile("adam", "mse")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint = equalize.callbacks.TiedCheckpoint(f"{folder}/best.keras", registry, save_best_only=True)
+    ...     validation = np.ones((4, 2)), np.ones((4, 2))
+    ...     run = model.fit(*validation, validation_data=validation, verbose=0, callbacks=[checkpoint])
+    ...     best, ties = equalize.saving.load_model(f"{folder}/best.keras")
+    >>> list(ties)
+    ['pair']
+    """
+
+    def __init__(self, filepath: str | os.PathLike[str], registry: GroupRegistry | None = None, **kwargs: Any):
+        super().__init__(filepath, **kwargs)
+        self.registry = None if registry is None else checked_registry(registry)
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained, which is saved as `equalize.saving` does it."""
+        model = super().model
+        return None if model is None else _Saved(model, self.registry)
+
+
+class _Saved:
+    """A model that is saved as `equalize.saving` does it."""
+
+    def __init__(self, model: Any, registry: GroupRegistry | None):
+        self._model, self._registry = model, registry
+
+    def save(self, filepath: str, overwrite: bool = True) -> None:
+        save_model(self._model, filepath, self._registry)
+
+    def save_weights(self, filepath: str, overwrite: bool = True) -> None:
+        save_weights(self._model, filepath)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)

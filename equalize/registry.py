@@ -464,6 +464,10 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         registry._pending = checked_config(config)
         return registry
 
+    def _expect(self, other: "GroupRegistry") -> None:
+        """Takes over the ties of a config that another registry has yet to link, but for groups that are here."""
+        self._pending += [entry for entry in other._pending if entry["name"] not in {*self, *self.pending}]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return GroupRegistry.from_config, (self.get_config(),)
 

@@ -4,7 +4,10 @@ import ast
 import inspect
 import pathlib
 import re
+import tempfile
+import zipfile
 
+import h5py
 import keras
 import pytest
 from keras import ops
@@ -154,6 +157,32 @@ def what_muon_trains_by_adamw():
         assert (keras_private.uses_adamw(muon, kernel), keras_private.uses_adamw(muon, bias)) == (False, True)
 
 
+def what_keras_saves():
+    one = model()
+    with tempfile.TemporaryDirectory() as folder:
+        with h5py.File(f"{folder}/ours.weights.h5", "w") as file:
+            keras_private.write_weights(one, file)
+        one.save_weights(f"{folder}/keras.weights.h5")
+        names = []
+        for name in ("ours", "keras"):
+            names.append([])
+            with h5py.File(f"{folder}/{name}.weights.h5") as file:
+                file.visititems(lambda name, item: names[-1].append((name, list(item.attrs.items()))))
+        assert names[0] == names[1] != []
+
+
+def the_rest_of_what_keras_saves():
+    with tempfile.TemporaryDirectory() as folder:
+        model().save(f"{folder}/keras.keras")
+        with zipfile.ZipFile(f"{folder}/ours.keras", "w") as archive, h5py.File(f"{folder}/weights.h5", "w") as file:
+            keras_private.write_archive(model(), archive, file)
+        found = []
+        for name in ("ours", "keras"):
+            with zipfile.ZipFile(f"{folder}/{name}.keras") as archive:
+                found.append({name for name in archive.namelist() if name != "model.weights.h5"})
+        assert found[0] == found[1] != set()
+
+
 USES = {
     "stateless_scope": the_scope_that_is_active,
     "in_symbolic_scope": the_scope_in_which_shapes_are_inferred,
@@ -170,6 +199,8 @@ USES = {
     "decays": what_weight_decay_applies_to,
     "optimizer_for": the_optimizer_that_several_leave_to_a_variable,
     "uses_adamw": what_muon_trains_by_adamw,
+    "write_weights": what_keras_saves,
+    "write_archive": the_rest_of_what_keras_saves,
 }
 
 

@@ -41,7 +41,8 @@ def test_a_module_lists_all_that_it_makes_for_users():
         made = {
             name
             for name, thing in vars(module).items()
-            if inspect.isclass(thing) and thing.__module__ == module.__name__ and not name.startswith("_")
+            if inspect.isroutine(thing) or inspect.isclass(thing)
+            if thing.__module__ == module.__name__ and not name.startswith("_")
         }
         assert made == set(module.__all__)
 

@@ -4,6 +4,8 @@
 looks private in the package is our own, or an attribute that `TiedOptimizer` defines because Keras reads it.
 """
 
+import io
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,3 +112,27 @@ def optimizer_for(optimizer: Any, variable: keras.Variable) -> Any:
 def uses_adamw(optimizer: Any, variable: keras.Variable) -> bool | None:
     """Whether Muon trains a variable by AdamW; None for any other optimizer."""
     return bool(optimizer._should_use_adamw(variable)) if hasattr(optimizer, "_should_use_adamw") else None
+
+
+def write_weights(model: keras.Model, file: Any, assets: Any = None) -> None:
+    """Has a model write its state, and its optimizer's, into what behaves as an `h5py.File`, in Keras's layout."""
+    from keras.src.saving import saving_lib
+
+    store = saving_lib.H5IOStore(io.BytesIO(), mode="w")
+    store.h5_file.close()
+    store.h5_file = file
+    saving_lib._save_state(model, weights_store=store, assets_store=assets, inner_path="", visited_saveables=set())
+
+
+def write_archive(model: keras.Model, archive: zipfile.ZipFile, file: Any) -> None:
+    """Writes all of a `.keras` file but the weights into an archive, and these into `file`, as `write_weights`."""
+    from keras.src.saving import saving_lib
+
+    config, metadata = saving_lib._serialize_model_as_json(model)
+    archive.writestr("metadata.json", metadata)
+    archive.writestr("config.json", config)
+    assets = saving_lib.DiskIOStore("assets", archive=archive, mode="w")
+    try:
+        write_weights(model, file, assets)
+    finally:
+        assets.close()

@@ -1,0 +1,264 @@
+"""Files of tied models: what is equal is stored once, and the ties travel with the weights.
+
+`save_model` and `save_weights` write the standard files of Keras, which Keras loads without `equalize`; `load_model`
+ties what it loads, and `deduplicate` makes a file small that Keras wrote. HDF5, in which Keras keeps weights, can have
+one array under many names (hard links), so twelve tied blocks take the space of one.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from equalize._backend import hdf5, keras_private, wrapping
+from equalize._inputs.arguments import received
+from equalize._linking.config import group_configs
+from equalize._ties.bound import group_of, ties_on
+from equalize.errors import EqualizeError
+from equalize.optimizers import TiedOptimizer
+from equalize.registry import GroupRegistry, checked_registry
+
+__all__ = ["deduplicate", "load_model", "save_model", "save_weights"]
+
+_WEIGHTS, _TIES = "model.weights.h5", "equalize.json"
+
+
+def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: GroupRegistry | None = None) -> None:
+    """Saves a model as a standard `.keras` file, with equal arrays stored once and the model's ties.
+
+    Keras loads the file as it loads its own, weights and optimizer alike. `load_model` also ties the model as it was
+    tied, which files of `model.save` lack for ties made with `registry.tie`.
+
+    The file is written beside its place and put there in one step: where the process is killed or the disk is full,
+    the file that was there before is whole.
+
+    Args:
+        model: A built model.
+        filepath: Where to save it, ending in `.keras`, on a local disk. A file that is there is replaced.
+        registry: The registry whose ties to save; by default all ties of the model's weights.
+
+    Raises:
+        EqualizeError: The name does not end in `.keras`, or a tie has members outside the model.
+        TypeError: An argument is of the wrong type.
+
+    Example:
+    >>> import keras, os, tempfile, equalize
+    >>> layers = [keras.layers.Dense(64, name=f"layer_{i}") for i in range(4)]
+    >>> model = keras.Sequential([keras.Input((64,)), *layers])
+    >>> registry = equalize.GroupRegistry()
+    >>> groups = registry.tie("layers", layers, equalize.constraints.Equal())
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> equalize.saving.save_model(model, f"{folder.name}/tied.keras", registry)
+    >>> model.save(f"{folder.name}/plain.keras")
+    >>> os.path.getsize(f"{folder.name}/tied.keras") < 0.5 * os.path.getsize(f"{folder.name}/plain.keras")
+    True
+    >>> loaded, ties = equalize.saving.load_model(f"{folder.name}/tied.keras")
+    >>> sorted(ties)
+    ['layers/bias', 'layers/kernel']
+    >>> folder.cleanup()
+    """
+    target = _local(filepath, ".keras")
+    ties = _ties_of(_checked_model(model), None if registry is None else checked_registry(registry))
+    with _beside(target) as folder, zipfile.ZipFile(folder / target.name, "w") as archive:
+        if ties:
+            archive.writestr(_TIES, json.dumps({"registry": {"groups": ties}}))
+        with hdf5.writing(folder / _WEIGHTS) as file:
+            keras_private.write_archive(model, archive, file)
+        archive.write(folder / _WEIGHTS, _WEIGHTS)
+
+
+def load_model(filepath: str | os.PathLike[str], **kwargs: Any) -> tuple[keras.Model, GroupRegistry]:
+    """Loads a model and ties it as it was when it was saved.
+
+    The ties are those that `save_model` wrote, those that layers declare, and those of a `TiedOptimizer`. All are
+    data: nothing in a file is run. A file that `model.save` wrote will do; it has the latter two.
+
+    Args:
+        filepath: A file that `save_model` or Keras wrote.
+        **kwargs: As `keras.saving.load_model` takes them: `custom_objects`, `compile`, `safe_mode`.
+
+    Returns:
+        The model, and the registry that it is linked by; an empty one where nothing is tied. Where the model was
+        compiled with a `TiedOptimizer`, it is that optimizer's registry.
+
+    Raises:
+        EqualizeError: The ties in the file are damaged.
+        GroupMismatchError: They do not fit the model.
+
+    Example:
+    >>> import keras, tempfile, equalize
+    >>> layers = [keras.layers.Dense(2) for _ in range(3)]
+    >>> model = keras.Sequential([keras.Input((2,)), *layers])
+    >>> group = equalize.GroupRegistry().tie("kernels", [l.kernel for l in layers], equalize.constraints.Equal())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     equalize.saving.save_model(model, f"{folder}/model.keras")
+    ...     loaded, registry = equalize.saving.load_model(f"{folder}/model.keras")
+    >>> registry["kernels"].spread()
+    0.0
+    """
+    with keras.saving.custom_object_scope(kwargs.get("custom_objects") or {}):
+        stored = GroupRegistry.from_config(_read_ties(os.fspath(filepath)))
+        model = keras.saving.load_model(filepath, **kwargs)
+        optimizers = wrapping.everything(getattr(model, "optimizer", None))
+        registries = [optimizer.registry for optimizer in optimizers if isinstance(optimizer, TiedOptimizer)]
+        registry = registries[0] if registries else GroupRegistry()
+        registry._expect(stored)
+        declared = isinstance(model, keras.Layer) and any(
+            True for weight in model.weights for tie in ties_on(weight) if group_of(tie) is None
+        )
+        if declared or registry.pending:
+            registry.link(model)
+    return model, registry
+
+
+def save_weights(model: keras.Model, filepath: str | os.PathLike[str]) -> None:
+    """Saves the weights of a model as a standard `.weights.h5` file, with equal arrays stored once.
+
+    `model.load_weights` reads it. It is written beside its place and put there in one step, as by `save_model`.
+
+    Args:
+        model: A built model.
+        filepath: Where to save them, ending in `.weights.h5`, on a local disk. A file that is there is replaced.
+
+    Raises:
+        EqualizeError: The name does not end in `.weights.h5`.
+        TypeError: An argument is of the wrong type.
+
+    Example:
+    >>> import keras, tempfile, equalize
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     equalize.saving.save_weights(model, f"{folder}/model.weights.h5")
+    ...     model.load_weights(f"{folder}/model.weights.h5")
+    """
+    target = _local(filepath, ".weights.h5")
+    _checked_model(model)
+    with _beside(target) as folder, hdf5.writing(folder / target.name) as file:
+        keras_private.write_weights(model, file)
+
+
+def deduplicate(filepath: str | os.PathLike[str]) -> tuple[int, int]:
+    """Stores arrays of equal shape, dtype and bytes once, in a file that Keras wrote.
+
+    Keras loads the file as before. It is replaced in one step. One array at a time is in memory.
+
+    Args:
+        filepath: A `.keras` or `.weights.h5` file.
+
+    Returns:
+        The size of the file before and after, in bytes.
+
+    Raises:
+        EqualizeError: The file is of another kind, or damaged.
+        FileNotFoundError: There is no such file.
+
+    Example:
+    >>> import keras, tempfile, equalize
+    >>> layers = [keras.layers.Dense(64, kernel_initializer="ones") for _ in range(2)]
+    >>> model = keras.Sequential([keras.Input((64,)), *layers])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_weights(f"{folder}/model.weights.h5")
+    ...     before, after = equalize.saving.deduplicate(f"{folder}/model.weights.h5")
+    >>> after < before
+    True
+    """
+    target = _local(filepath, ".keras", ".weights.h5")
+    before = target.stat().st_size
+    with _beside(target) as folder:
+        if target.suffix == ".keras":
+            _repack(target, folder)
+        else:
+            hdf5.compact(target, folder / target.name)
+    return before, target.stat().st_size
+
+
+def _checked_model(model: Any) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: {received(model)}.")
+    return model
+
+
+def _local(filepath: Any, *endings: str) -> Path:
+    """A path on a local disk, of a file and not of a link to it."""
+    if not isinstance(filepath, (str, os.PathLike)):
+        raise TypeError(f"`filepath` must be a path. Received: {received(filepath)}.")
+    name = os.fspath(filepath)
+    if not name.endswith(endings) or "://" in name:
+        raise EqualizeError(
+            f"`filepath` must be on a local disk and end in {' or '.join(map(repr, endings))}. Received: {name!r}."
+        )
+    return Path(os.path.realpath(name))
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder for files on the way to `target`; the one of its name is put in its place in the end.
+
+    The name is always the same, so that what a killed process left is gone with the next file.
+    """
+    folder = target.parent / f".{target.name}.saving"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        with open(folder / target.name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(folder / target.name, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ties_of(model: keras.Model, registry: GroupRegistry | None) -> list[dict[str, Any]]:
+    """The ties of a model that no layer declares, as data."""
+    if registry is None:
+        groups = {id(group): group for weight in model.weights for tie in ties_on(weight) if (group := group_of(tie))}
+        return group_configs([group for group in groups.values() if not group.declared])
+    weights = {id(weight) for weight in model.weights}
+    for group in registry.values():
+        outside = [m for m in group.members if not m.constant and id(m.variable) not in weights]
+        if outside:
+            raise EqualizeError(
+                f"Cannot save group '{group.name}' with the model '{model.name}': {outside[0]} is not one of its "
+                "weights. Expected: a model that has all members. Save one model that holds both parts, or "
+                f"`untie({group.name!r})` first."
+            )
+    return registry.get_config()["groups"]
+
+
+def _read_ties(file: str) -> dict[str, Any]:
+    """The config of a registry in a `.keras` file; without groups where there is none."""
+    nothing: dict[str, Any] = {"groups": []}
+    if not zipfile.is_zipfile(file):
+        return nothing
+    with zipfile.ZipFile(file) as archive:
+        if _TIES not in archive.namelist():
+            return nothing
+        try:
+            found = json.loads(archive.read(_TIES))
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise EqualizeError(f"The ties in '{file}' are damaged: {error}. Expected: what was saved.") from error
+    if not isinstance(found, dict) or set(found) != {"registry"}:
+        raise EqualizeError(f"The ties in '{file}' are damaged: expected a registry; received {received(found)}.")
+    return found["registry"]
+
+
+def _repack(target: Path, folder: Path) -> None:
+    """Writes an archive again, with its weights compact."""
+    try:
+        with zipfile.ZipFile(target) as source, zipfile.ZipFile(folder / target.name, "w") as archive:
+            for info in source.infolist():
+                if info.filename == _WEIGHTS:
+                    source.extract(info, folder)
+                    hdf5.compact(folder / _WEIGHTS, folder / "compact.h5")
+                    archive.write(folder / "compact.h5", _WEIGHTS)
+                else:
+                    with source.open(info) as read, archive.open(info, "w") as written:
+                        shutil.copyfileobj(read, written)
+    except zipfile.BadZipFile as error:
+        raise EqualizeError(f"'{target}' is damaged: {error}. Expected: a file that Keras wrote.") from error
