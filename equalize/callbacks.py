@@ -93,10 +93,8 @@ class TieMonitor(keras.callbacks.Callback):
     def __init__(self, registry: GroupRegistry, *, atol: float = 0.0, repair: bool = True):
         super().__init__()
         self.registry = checked_registry(registry)
-        if not isinstance(repair, bool):
-            raise TypeError(f"`repair` must be True or False. Received: {received(repair)}.")
         self.atol = arguments.number("atol", atol, low=0.0)
-        self.repair = repair
+        self.repair = arguments.flag("repair", repair)
         self.broken: dict[str, float] = {}
         self.history: dict[str, list[float]] = {}
         registry.monitors.add(self)
@@ -350,9 +348,8 @@ class TiedCheckpoint(keras.callbacks.ModelCheckpoint):
         **kwargs: As `keras.callbacks.ModelCheckpoint` takes them: `monitor`, `save_best_only`, `save_freq`, ...
 
     Raises:
-        TypeError: `registry` is not a registry.
-        ValueError: As `keras.callbacks.ModelCheckpoint`.
-        EqualizeError: A file is written, and its name is no `.keras` or `.weights.h5` file on a local disk.
+        TypeError: `filepath` is not a path, or `registry` not a registry.
+        EqualizeError: The name does not end so, or is not on a local disk.
 
     Example:
     >>> import keras, numpy as np, os, tempfile, equalize
@@ -371,6 +368,7 @@ class TiedCheckpoint(keras.callbacks.ModelCheckpoint):
     """
 
     def __init__(self, filepath: str | os.PathLike[str], registry: GroupRegistry | None = None, **kwargs: Any):
+        arguments.file("filepath", filepath, [".weights.h5" if kwargs.get("save_weights_only") else ".keras"])
         super().__init__(filepath, **kwargs)
         self.registry = None if registry is None else checked_registry(registry)
 

@@ -21,9 +21,10 @@ from equalize._linking.config import checked_config, group_configs
 from equalize._reports import plots, summary
 from equalize._reports.advice import Advice, advise
 from equalize._reports.diagnosis import EQUALIZE, Finding, findings
-from equalize._ties.bound import detach
+from equalize._ties.bound import attach_statistics, detach
 from equalize._ties.rules import Rule
 from equalize._ties.tied_group import TiedGroup
+from equalize.constraints import Equal
 from equalize.errors import EqualizeError, TieBrokenError
 
 __all__ = ["Advice", "Finding", "GroupRegistry"]
@@ -112,6 +113,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             detach(group)
         for plan in plans:
             self._add(plan.establish(initial))
+        self._keep_statistics()
         self._pending = []
         self._groups.update(adopted)
         self._models.update(models)
@@ -119,7 +121,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return self
 
     def tie(
-        self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first"
+        self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first", statistics: bool = False
     ) -> TiedGroup | list[TiedGroup]:
         """Ties variables, or layers weight by weight, that are already built.
 
@@ -140,6 +142,12 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 (`(decoder.kernel, equalize.views.Transpose())`), or layers (models, nested blocks) of one structure.
             rule: `equalize.constraints.Equal()` or a regularizer of `equalize.regularizers`, without a group name.
             initial: As in `link`.
+            statistics: Whether the moving statistics of the layers (of `BatchNormalization`, and whatever else that
+                is floating and not trainable they update) are kept equal too, to their mean after every step. Then
+                two hard tied towers are one function. One layer that is called twice updates its statistics twice a
+                step, and here each of two does so once, so they move half as fast. Statistics of frozen layers stay,
+                and the others take them. Without it a hard tie of layers that have some warns, since its members give
+                different results in inference.
 
         Returns:
             The `equalize.Group`, or the list of them where layers were given.
@@ -153,17 +161,29 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         """
         arguments.option("initial", initial, _INITIAL)
         _require_values("tie")
+        arguments.flag("statistics", statistics)
         discovery.require_rule(name, rule)
         by_group, layers = discovery.members_of(name, members)
+        moving = discovery.statistics_of(name, members) if layers and (statistics or rule.hard) else {}
+        if statistics and not layers:
+            raise EqualizeError(
+                f"`statistics=True` needs layers, which have moving statistics. Received: variables for '{name}'. Give "
+                "the layers, or leave it out."
+            )
         planned = []
         for group_name, group_members in by_group.items():
             for member in group_members:
                 member.weight = rule.weight
                 member.view = member.view or rule.view
             planned.append(planning.plan(self, group_name, group_members, rule, initial))
+        for group_name, group_members in moving.items() if statistics else ():
+            planned.append(planning.plan(self, group_name, group_members, Equal(), initial, statistics_of=name))
         planning.require_apart(planned)
         planning.warn_of_overwriting(planned, initial, stacklevel=3)
+        if moving and not statistics:
+            planning.warn_of_statistics(name, list(moving), stacklevel=3)
         groups = [self._add(plan.establish(initial)) for plan in planned]
+        self._keep_statistics()
         self._pending = [entry for entry in self._pending if not _within(entry["name"], name)]
         retrace(_variables(groups))
         return groups if layers else groups[0]
@@ -194,7 +214,13 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         >>> group.hard
         True
         """
-        groups = self.select([arguments.text("name", name, "the name of a group")])
+        selected = self.select([arguments.text("name", name, "the name of a group")])
+        groups = [group for group in selected if group.statistics_of is None]
+        if not groups:
+            raise EqualizeError(
+                f"Group '{name}' is of moving statistics, which are kept equal and nothing else. Expected: the name of "
+                f"another group. Received: {name!r}."
+            )
         changes = [planning.plan_replacement(group, rule) for group in groups]
         for apply in changes:
             apply()
@@ -219,6 +245,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         for group in groups:
             detach(group)
             del self._groups[group.name]
+        self._keep_statistics()
         retrace(_variables(groups))
 
     def sync(self, method: str = "first", *names: str) -> None:
@@ -463,6 +490,20 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         registry = cls()
         registry._pending = checked_config(config)
         return registry
+
+    def _keep_statistics(self) -> None:
+        """Has the groups of a tie keep its moving statistics: those of the same layers, where they have weights."""
+        kept = [group for group in self.values() if group.statistics_of is not None]
+        for group in self.values() if kept else ():
+            group.statistics.clear()
+        for group in kept:
+            tie = [g for g in self.values() if g.statistics_of is None and _within(g.name, group.statistics_of or "")]
+            own = {id(weight) for member in group.members if member.owner for weight in member.owner.weights}
+            near = [other for other in tie if any(id(member.variable) in own for member in other.members)]
+            for other in near or tie:
+                attach_statistics(other, group)
+            if not tie:
+                del self._groups[group.name]
 
     def _expect(self, other: "GroupRegistry") -> None:
         """Takes over the ties of a config that another registry has yet to link, but for groups that are here."""

@@ -17,6 +17,7 @@ from typing import Any
 import keras
 
 from equalize._backend import hdf5, keras_private, wrapping
+from equalize._inputs import arguments
 from equalize._inputs.arguments import received
 from equalize._linking.config import group_configs
 from equalize._ties.bound import group_of, ties_on
@@ -63,8 +64,8 @@ def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: G
     ['layers/bias', 'layers/kernel']
     >>> folder.cleanup()
     """
-    target = _local(filepath, ".keras")
-    ties = _ties_of(_checked_model(model), None if registry is None else checked_registry(registry))
+    target = _target(filepath, ".keras")
+    ties = _ties_of(arguments.model("model", model), None if registry is None else checked_registry(registry))
     with _beside(target) as folder, zipfile.ZipFile(folder / target.name, "w") as archive:
         if ties:
             archive.writestr(_TIES, json.dumps({"registry": {"groups": ties}}))
@@ -88,7 +89,8 @@ def load_model(filepath: str | os.PathLike[str], **kwargs: Any) -> tuple[keras.M
         compiled with a `TiedOptimizer`, it is that optimizer's registry.
 
     Raises:
-        EqualizeError: The ties in the file are damaged.
+        EqualizeError: There is no such file, or the ties in it are damaged.
+        TypeError: `filepath` is not a path.
         GroupMismatchError: They do not fit the model.
 
     Example:
@@ -103,8 +105,9 @@ def load_model(filepath: str | os.PathLike[str], **kwargs: Any) -> tuple[keras.M
     0.0
     """
     with keras.saving.custom_object_scope(kwargs.get("custom_objects") or {}):
-        stored = GroupRegistry.from_config(_read_ties(os.fspath(filepath)))
-        model = keras.saving.load_model(filepath, **kwargs)
+        name = _existing(filepath)
+        stored = GroupRegistry.from_config(_read_ties(name))
+        model = keras.saving.load_model(name, **kwargs)
         optimizers = wrapping.everything(getattr(model, "optimizer", None))
         registries = [optimizer.registry for optimizer in optimizers if isinstance(optimizer, TiedOptimizer)]
         registry = registries[0] if registries else GroupRegistry()
@@ -137,8 +140,8 @@ def save_weights(model: keras.Model, filepath: str | os.PathLike[str]) -> None:
     ...     equalize.saving.save_weights(model, f"{folder}/model.weights.h5")
     ...     model.load_weights(f"{folder}/model.weights.h5")
     """
-    target = _local(filepath, ".weights.h5")
-    _checked_model(model)
+    target = _target(filepath, ".weights.h5")
+    arguments.model("model", model)
     with _beside(target) as folder, hdf5.writing(folder / target.name) as file:
         keras_private.write_weights(model, file)
 
@@ -155,8 +158,8 @@ def deduplicate(filepath: str | os.PathLike[str]) -> tuple[int, int]:
         The size of the file before and after, in bytes.
 
     Raises:
-        EqualizeError: The file is of another kind, or damaged.
-        FileNotFoundError: There is no such file.
+        EqualizeError: There is no such file, or it is of another kind, or damaged.
+        TypeError: `filepath` is not a path.
 
     Example:
     >>> import keras, tempfile, equalize
@@ -168,7 +171,7 @@ def deduplicate(filepath: str | os.PathLike[str]) -> tuple[int, int]:
     >>> after < before
     True
     """
-    target = _local(filepath, ".keras", ".weights.h5")
+    target = _target(_existing(filepath), ".keras", ".weights.h5")
     before = target.stat().st_size
     with _beside(target) as folder:
         if target.suffix == ".keras":
@@ -178,22 +181,17 @@ def deduplicate(filepath: str | os.PathLike[str]) -> tuple[int, int]:
     return before, target.stat().st_size
 
 
-def _checked_model(model: Any) -> keras.Model:
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: {received(model)}.")
-    return model
+def _existing(filepath: Any) -> str:
+    """The name of a file that is there; of one elsewhere, Keras may know."""
+    name = arguments.path("filepath", filepath)
+    if "://" not in name and not os.path.exists(name):
+        raise EqualizeError(f"There is no file {name!r}. Expected: one that `save_model` or Keras wrote.")
+    return name
 
 
-def _local(filepath: Any, *endings: str) -> Path:
-    """A path on a local disk, of a file and not of a link to it."""
-    if not isinstance(filepath, (str, os.PathLike)):
-        raise TypeError(f"`filepath` must be a path. Received: {received(filepath)}.")
-    name = os.fspath(filepath)
-    if not name.endswith(endings) or "://" in name:
-        raise EqualizeError(
-            f"`filepath` must be on a local disk and end in {' or '.join(map(repr, endings))}. Received: {name!r}."
-        )
-    return Path(os.path.realpath(name))
+def _target(filepath: Any, *endings: str) -> Path:
+    """A file on a local disk, and not a link to it."""
+    return Path(os.path.realpath(arguments.file("filepath", filepath, endings)))
 
 
 @contextlib.contextmanager
@@ -217,8 +215,9 @@ def _beside(target: Path) -> Iterator[Path]:
 def _ties_of(model: keras.Model, registry: GroupRegistry | None) -> list[dict[str, Any]]:
     """The ties of a model that no layer declares, as data."""
     if registry is None:
-        groups = {id(group): group for weight in model.weights for tie in ties_on(weight) if (group := group_of(tie))}
-        return group_configs([group for group in groups.values() if not group.declared])
+        tied = [group_of(tie) for weight in model.weights for tie in ties_on(weight)]
+        groups = dict.fromkeys(group for group in tied if group is not None and not group.declared)
+        return group_configs([*groups, *dict.fromkeys(each for group in groups for each in group.statistics)])
     weights = {id(weight) for weight in model.weights}
     for group in registry.values():
         outside = [m for m in group.members if not m.constant and id(m.variable) not in weights]
@@ -261,4 +260,4 @@ def _repack(target: Path, folder: Path) -> None:
                     with source.open(info) as read, archive.open(info, "w") as written:
                         shutil.copyfileobj(read, written)
     except zipfile.BadZipFile as error:
-        raise EqualizeError(f"'{target}' is damaged: {error}. Expected: a file that Keras wrote.") from error
+        raise EqualizeError(f"'{target.name}' is damaged: {error}. Expected: a file that Keras wrote.") from error

@@ -101,7 +101,7 @@ def relation(a: Any, b: Any) -> str | dict[str, str]:
     {'kernel': 'same', 'bias': 'equal'}
     """
     if isinstance(a, keras.Layer) and isinstance(b, keras.Layer):
-        paired = pairing.paired_weights("Cannot compare layers", [a, b], trainable=False)
+        paired = pairing.paired_weights("Cannot compare layers", [a, b], pairing.every_weight)
         return {place: _relation(*variables) for place, variables in paired.items()}
     if backend.is_variable(a) and backend.is_variable(b):
         return _relation(a, b)

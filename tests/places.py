@@ -147,7 +147,7 @@ def _train(place, way, process):
     def look(batch=None, logs=None):
         if BACKEND == "jax":
             model.jax_state_sync()
-        pieces.append([_pieces(kernel, process) for kernel in kernels(model)])
+        pieces.append([pieces_of(kernel, process) for kernel in kernels(model)])
 
     x, y = data(STEPS * BATCH, SIZE)
     part = BATCH if place.whole else BATCH // place.processes
@@ -193,7 +193,7 @@ def own_loop(model, x, y, part, look):
     look()
 
 
-def _pieces(variable, process):
+def pieces_of(variable, process=0):
     """What is on the devices of this process: the number of the copy, which part of it, and its value."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -274,19 +274,24 @@ def runs(backend, name, pairs):
     return {(way, dtype): _run(way, [part[way, dtype] for part in parts]) for way, dtype in parts[0]}
 
 
-def train_in_process(name, pairs, process, addresses, folder):
-    """What a new process does."""
-    place, process, addresses = PLACES[BACKEND][name], int(process), json.loads(addresses)
-    keras.utils.set_random_seed(1)
+def make_devices(place):
+    """Gives TensorFlow several devices, before it starts; JAX is told by its environment."""
     if BACKEND == "tensorflow" and place.devices > 1:
         import tensorflow as tf
 
         (device,) = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * place.devices)
-    elif BACKEND == "tensorflow" and place.processes > 1:
+
+
+def train_in_process(name, pairs, process, addresses, folder):
+    """What a new process does."""
+    place, process, addresses = PLACES[BACKEND][name], int(process), json.loads(addresses)
+    keras.utils.set_random_seed(1)
+    make_devices(place)
+    if BACKEND == "tensorflow" and place.processes > 1:
         task = {"type": "worker", "index": process}
         os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-    elif place.processes > 1:
+    elif BACKEND == "jax" and place.processes > 1:
         import jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # later versions do so by themselves

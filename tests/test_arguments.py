@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 import equalize
-from equalize import callbacks, constraints, optimizers, regularizers, views
+from equalize import callbacks, constraints, optimizers, regularizers, saving, views
 from equalize._ties.rules import Rule
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError
@@ -265,6 +265,13 @@ def monitor_after_an_epoch(w):
     return monitor
 
 
+def saved(w):
+    """The name of a file of the model."""
+    saving.save_weights(w.model, "saved.weights.h5")
+    saving.save_model(w.model, "saved.keras")
+    return "saved.keras"
+
+
 def replace(w, name, rule):
     w.registry.replace(name, rule)
     w.registry.sync()  # which the next step would do
@@ -280,6 +287,10 @@ CALLS = {
     "GroupRegistry.tie": (
         of(lambda w: w.registry.tie),
         lambda w: {"name": "new", "members": [w.e, (w.f, Transpose())], "rule": Equal(), "initial": "mean"},
+    ),
+    "GroupRegistry.tie, statistics": (
+        of(lambda w: w.registry.tie),
+        lambda w: {"name": "new", "members": [w.layers["e"], w.layers["f"]], "rule": Equal(), "statistics": True},
     ),
     "GroupRegistry.untie": (unpacked(lambda w: w.registry.untie), lambda w: {"arguments": ["hard"]}),
     "GroupRegistry.sync": (unpacked(lambda w: w.registry.sync), lambda w: {"arguments": ["mean", "hard"]}),
@@ -312,6 +323,10 @@ CALLS = {
     ),
     "callbacks.TieMonitor.plot": (drawing(lambda w: monitor_after_an_epoch(w).plot), lambda w: {"path": "spread.svg"}),
     "callbacks.TieMonitor": (callbacks.TieMonitor, lambda w: {"registry": w.registry, "atol": 0.5, "repair": True}),
+    "callbacks.TiedCheckpoint": (
+        callbacks.TiedCheckpoint,
+        lambda w: {"filepath": "last.keras", "registry": w.registry},
+    ),
     "constraints.Equal": rule_calls(Equal, rate=0.5, weight=2.0),
     "constraints.GroupConstraint": rule_calls(ToZero),
     "constraints.Invariant": (constraints.Invariant, lambda w: {"views": [Transpose()], "inner": "non_neg"}),
@@ -339,6 +354,13 @@ CALLS = {
     "regularizers.PairwiseNorm": soft(PairwiseNorm),
     "regularizers.TraceNorm": soft(regularizers.TraceNorm),
     "relation": (equalize.relation, lambda w: {"a": w.a, "b": w.b}),
+    "saving.deduplicate": (saving.deduplicate, lambda w: {"filepath": saved(w)}),
+    "saving.load_model": (saving.load_model, lambda w: {"filepath": saved(w)}),
+    "saving.save_model": (
+        saving.save_model,
+        lambda w: {"model": w.model, "filepath": "new.keras", "registry": w.registry},
+    ),
+    "saving.save_weights": (saving.save_weights, lambda w: {"model": w.model, "filepath": "new.weights.h5"}),
     "share": (unpacked(lambda w: equalize.share), lambda w: {"arguments": [w.e, w.f]}),
     "views.Chain": (unpacked(lambda w: views.Chain), lambda w: {"arguments": [Transpose(), Scale(2)]}),
     "views.Chain.from_config": (views.Chain.from_config, lambda w: {"config": views.Chain(Scale(2)).get_config()}),
@@ -406,7 +428,7 @@ def public_names():
 
 
 def test_every_public_name_is_called_with_bad_arguments():
-    assert sorted(public_names()) == sorted(CALLS)
+    assert sorted(public_names()) == sorted(name for name in CALLS if "," not in name)
 
 
 def variants(good, junk):

@@ -392,10 +392,11 @@ def test_files_of_another_kind_are_refused(tmp_path):
     with h5py.File(tmp_path / "circle.weights.h5", "w") as file:
         file.create_group("a")["b"] = file["/"]
     for name in ("elsewhere", "circle"):
-        with pytest.raises(EqualizeError, match="Keras did not write"):
+        with pytest.raises(EqualizeError, match="Expected: a file that Keras wrote"):
             deduplicate(tmp_path / f"{name}.weights.h5")
-    with pytest.raises(FileNotFoundError):
-        deduplicate(tmp_path / "none.keras")
+    for call in (deduplicate, load_model):
+        with pytest.raises(EqualizeError, match="There is no file"):
+            call(tmp_path / "none.keras")
 
 
 def test_arguments_are_checked_before_anything_is_written(tmp_path):
@@ -408,9 +409,9 @@ def test_arguments_are_checked_before_anything_is_written(tmp_path):
         (lambda: save_model("model", tmp_path / "model.keras"), TypeError, "Keras model"),
         (lambda: save_model(model, tmp_path / "model.keras", "registry"), TypeError, "GroupRegistry"),
         (lambda: save_model(model, tmp_path / "model.keras", registry), EqualizeError, "over both"),
-        (lambda: save_model(model, 3), TypeError, "a path"),
+        (lambda: save_model(model, 3), TypeError, "the path"),
         (lambda: save_weights(model, tmp_path / "model.h5"), EqualizeError, r"weights\.h5"),
-        (lambda: deduplicate(tmp_path / "model.zip"), EqualizeError, "end in"),
+        (lambda: deduplicate(tmp_path), EqualizeError, "end in"),
         (lambda: TiedCheckpoint(tmp_path / "model.keras", "registry"), TypeError, "GroupRegistry"),
     ):
         with pytest.raises(error, match=message):

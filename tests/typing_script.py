@@ -7,11 +7,12 @@ import keras
 import numpy as np
 
 import equalize
-from equalize.callbacks import FactorSchedule, TieMonitor
+from equalize.callbacks import FactorSchedule, TiedCheckpoint, TieMonitor
 from equalize.constraints import Equal, GroupConstraint, Invariant
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, GroupRegularizer, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
+from equalize.saving import deduplicate, load_model, save_model, save_weights
 from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose, View
 
 
@@ -106,3 +107,14 @@ def share(left: keras.Layer, right: keras.Layer) -> bool:
     equalize.share(left, right)
     relation = equalize.relation(left, right)
     return relation == "same" if isinstance(relation, str) else set(relation.values()) == {"same"}
+
+
+def keep(model: keras.Model, registry: equalize.GroupRegistry) -> tuple[int, int]:
+    checkpoint = TiedCheckpoint("last.keras", registry, save_best_only=True)
+    print(checkpoint.registry)
+    save_model(model, "model.keras", registry)
+    save_weights(model, "model.weights.h5")
+    loaded, ties = load_model("model.keras", compile=False)
+    print(loaded, list(ties))
+    before, after = deduplicate("model.keras")
+    return before, after

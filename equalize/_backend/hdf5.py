@@ -35,7 +35,7 @@ def compact(source: Path, target: Path) -> None:
     try:
         opened = h5py.File(source, "r")
     except OSError as error:
-        raise EqualizeError(f"'{source}' is damaged: {error}. Expected: a file that Keras wrote.") from error
+        raise EqualizeError(f"'{source.name}' is damaged: {error}. Expected: a file that Keras wrote.") from error
     with opened, writing(target) as file:
         file.copy(opened, set())
 
@@ -68,7 +68,7 @@ class Group:
         """Takes over what is in a group, and in those below."""
         address = h5py.h5o.get_info(source.id).addr
         if address in seen:
-            raise EqualizeError(f"'{source.file.filename}' has a group in two places: Keras did not write it.")
+            raise _foreign(source, "has one group in two places")
         seen.add(address)
         self._group.attrs.update(source.attrs)
         for name in source:
@@ -78,7 +78,7 @@ class Group:
             elif isinstance(item, h5py.Dataset) and not (item.external or item.is_virtual):
                 self._take(name, item)
             else:
-                raise EqualizeError(f"'{source.file.filename}' refers to other data: Keras did not write it.")
+                raise _foreign(source, f"has no data of its own at '{name}'")
 
     def _take(self, name: str, item: h5py.Dataset) -> None:
         if item.id.get_storage_size() != item.nbytes:  # compressed, for instance
@@ -107,6 +107,10 @@ class Group:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
+
+
+def _foreign(source: h5py.Group, problem: str) -> EqualizeError:
+    return EqualizeError(f"'{Path(source.file.filename).name}' {problem}. Expected: a file that Keras wrote.")
 
 
 def _octets(data: np.ndarray | np.generic) -> np.ndarray:

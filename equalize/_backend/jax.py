@@ -65,8 +65,9 @@ def array(value: Tensor) -> np.ndarray:
 
 
 def own_copy(value: Tensor) -> Tensor:
-    # JAX donates the buffers of all variables to the step and refuses one twice. A trace has no buffers yet.
-    return value if is_traced(value) else jnp.array(value, copy=True)
+    # JAX donates the buffers of all variables to the step and refuses one twice. A step that is compiled has none yet;
+    # while JAX only differentiates, tracers have.
+    return value if is_traced(value) and is_tracing() else jnp.array(value, copy=True)
 
 
 def is_tracing() -> bool:

@@ -127,6 +127,13 @@ def names(name: str, value: Any) -> list[str]:
     return listed
 
 
+def flag(name: str, value: Any) -> bool:
+    """An argument that is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False. Received: {received(value)}.")
+    return value
+
+
 def function(name: str, value: Any, meaning: str) -> Any:
     """Something that can be called.
 
@@ -153,6 +160,34 @@ def variables(name: str, value: Any, *, raw: bool = False) -> list[keras.Variabl
     return found
 
 
+def model(name: str, value: Any) -> keras.Model:
+    """A Keras model."""
+    if not isinstance(value, keras.Model):
+        raise TypeError(f"`{name}` must be a Keras model. Received: {received(value)}.")
+    return value
+
+
+def path(name: str, value: Any) -> str:
+    """The path of a file."""
+    try:
+        found, problem = os.fspath(value), None
+    except Exception as error:  # also what a path of somebody else raises
+        found, problem = None, error
+    if not isinstance(found, str):
+        raise TypeError(f"`{name}` must be the path of a file. Received: {received(value)}.") from problem
+    return found
+
+
+def file(name: str, value: Any, endings: Sequence[str]) -> str:
+    """The path of a file on a local disk whose name has one of some endings."""
+    found = path(name, value)
+    if not found.endswith(tuple(endings)) or "://" in found:
+        raise EqualizeError(
+            f"`{name}` must be on a local disk and end in {' or '.join(map(repr, endings))}. Received: {found!r}."
+        )
+    return found
+
+
 def picture(name: str, value: Any) -> str:
     """The file that a picture is written to.
 
@@ -160,16 +195,11 @@ def picture(name: str, value: Any) -> str:
         TypeError: It is not a path.
         EqualizeError: Its suffix is not one of a picture, or its folder does not exist.
     """
-    try:
-        path, problem = os.fspath(value), None
-    except Exception as error:  # also what a path of somebody else raises
-        path, problem = None, error
-    if not isinstance(path, str):
-        raise TypeError(f"`{name}` must be the path of a file. Received: {received(value)}.") from problem
-    folder, file = os.path.split(path)
-    if os.path.splitext(file)[1].lower() not in _PICTURES or not os.path.isdir(folder or "."):
+    found = path(name, value)
+    folder, base = os.path.split(found)
+    if os.path.splitext(base)[1].lower() not in _PICTURES or not os.path.isdir(folder or "."):
         raise EqualizeError(
             f"`{name}` must be a file that ends with {', '.join(_PICTURES)}, in a folder that exists. Received: "
             f"{received(value)}."
         )
-    return path
+    return found

@@ -51,7 +51,8 @@ def _group_config(group: TiedGroup, found: Mapping[int, places.Places]) -> dict[
         members.append(entry)
     rule = group.present_rule
     rule = keras.saving.serialize_keras_object(rule)  # what else is on the variables is found there
-    return {"name": group.name, "rule": rule, "members": members}
+    entry = {"name": group.name, "rule": rule, "members": members}
+    return entry if group.statistics_of is None else entry | {"statistics_of": group.statistics_of}
 
 
 def checked_config(config: Any) -> list[dict[str, Any]]:
@@ -64,8 +65,10 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
         raise _damaged("a dictionary with one entry 'groups', a list", config)
     seen: set[str] = set()
     for entry in config["groups"]:
-        if not isinstance(entry, dict) or set(entry) != _GROUP_KEYS or not isinstance(entry["name"], str):
+        if not isinstance(entry, dict) or set(entry) - {"statistics_of"} != _GROUP_KEYS:
             raise _damaged(f"groups with the entries {sorted(_GROUP_KEYS)}", entry)
+        if not isinstance(entry["name"], str) or not isinstance(entry.get("statistics_of", ""), str):
+            raise _damaged("names that are strings", [entry["name"], entry.get("statistics_of")])
         if not isinstance(entry["members"], list) or len(entry["members"]) < 2:
             raise _damaged(f"at least two members in group '{entry['name']}'", entry["members"])
         for member in entry["members"]:
@@ -93,8 +96,15 @@ def rule_of(entry: dict[str, Any]) -> Rule:
     return configs.restored(entry["rule"], Rule, "a rule of equalize")
 
 
-def members_of(entry: dict[str, Any], models: Sequence[Mapping[str, keras.Variable]]) -> list[Member]:
+def members_of(
+    entry: dict[str, Any], models: Sequence[Mapping[str, keras.Variable]], owners: Mapping[int, keras.Layer]
+) -> list[Member]:
     """The members of a group's config among the weights of models, each given by place.
+
+    Args:
+        entry: The config of a group.
+        models: The weights of models, by place.
+        owners: The layers that update moving statistics, by the ids of these.
 
     Raises:
         GroupMismatchError: A member is gone, does not fit, or cannot be told from others.
@@ -108,7 +118,8 @@ def members_of(entry: dict[str, Any], models: Sequence[Mapping[str, keras.Variab
             else _found(entry["name"], member, models)
         )
         view, weight = rules.checked_view(member["view"]), _weight_of(member)
-        members.append(Member(variable, view=view, weight=weight, constant=constant))
+        owner = owners.get(id(variable)) if "statistics_of" in entry else None
+        members.append(Member(variable, view=view, weight=weight, constant=constant, owner=owner))
     return members
 
 

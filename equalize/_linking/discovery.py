@@ -110,6 +110,29 @@ def require_rule(name: str, rule: Any) -> None:
         )
 
 
+def statistics_of(name: str, layers: Sequence[Any]) -> dict[str, list[Member]]:
+    """The moving statistics of layers, side by side, by the names of their groups; none where they have none.
+
+    Raises:
+        GroupMismatchError: The layers do not have the same ones.
+    """
+    if not any(isinstance(layer, keras.Layer) and pairing.has_weights(layer, pairing.statistics) for layer in layers):
+        return {}
+    task = f"Cannot tie the moving statistics of layers into group '{name}'"
+    paired = pairing.paired_weights(task, layers, pairing.statistics)
+    known = owners(layers)
+    return {
+        f"{name}/{place}": [Member(variable, owner=known[id(variable)]) for variable in variables]
+        for place, variables in paired.items()
+    }
+
+
+def owners(layers: Sequence[keras.Layer]) -> dict[int, keras.Layer]:
+    """The layers that update moving statistics, among some and those inside them, by the ids of the statistics."""
+    flat = [each for layer in layers for each in keras_private.flattened(layer)]
+    return {id(variable): layer for layer in flat for variable in pairing.statistics(layer)}
+
+
 def members_of(name: str, members: Any) -> tuple[dict[str, list[Member]], bool]:
     """The members of each group that a `tie` makes, and whether layers were given.
 

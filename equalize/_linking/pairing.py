@@ -1,23 +1,44 @@
 """Which weight of one layer corresponds to which of another: by place and kind, whatever their names."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import keras
 
+from equalize import _backend as backend
 from equalize._backend import keras_private
 from equalize.errors import GroupMismatchError, NotLinkedError
 
+Own: TypeAlias = Callable[[keras.Layer], list[Any]]
+"""Those of a layer's own variables that are meant."""
+
+
+def made_trainable(layer: keras.Layer) -> list[Any]:
+    """The weights that were made trainable, frozen or not."""
+    return keras_private.own_variables(layer)[0]
+
+
+def statistics(layer: keras.Layer) -> list[Any]:
+    """What a layer updates by itself while it is trained, the moving statistics of a `BatchNormalization`."""
+    others = keras_private.own_variables(layer)[1]
+    return [variable for variable in others if keras.backend.is_float_dtype(backend.dtype(variable))]
+
+
+def every_weight(layer: keras.Layer) -> list[Any]:
+    """All variables."""
+    return [variable for store in keras_private.own_variables(layer) for variable in store]
+
 
 def paired_weights(
-    task: str, layers: Sequence[keras.Layer], *, trainable: bool = True
+    task: str, layers: Sequence[keras.Layer], own: Own = made_trainable
 ) -> dict[str, list[keras.Variable]]:
     """The weights of layers of one structure, side by side.
 
     Args:
         task: What they are wanted for, as messages begin: "Cannot tie layers into group 'blocks'".
         layers: Layers or models.
-        trainable: Whether only weights that were made trainable are meant.
+        own: Which weights are meant.
 
     Returns:
         The weights of all layers by their common place inside the layer, for instance
@@ -28,17 +49,17 @@ def paired_weights(
         GroupMismatchError: The layers have different structures.
     """
     for layer in layers:
-        if not _weights(layer, trainable, set()):
+        if not has_weights(layer, own):
             raise NotLinkedError(
                 f"{task}: layer '{layer.name}' has no weights"
                 f"{'' if layer.built else ', since it is not built'}. Expected: a built layer with weights. "
                 "Build it, or call it once, before."
             )
-    return dict(_pairs(task, layers, trainable, "", [set() for _ in layers]))
+    return dict(_pairs(task, layers, own, "", [set() for _ in layers]))
 
 
 def _pairs(
-    task: str, layers: Sequence[keras.Layer], trainable: bool, prefix: str, seen: list[set[int]]
+    task: str, layers: Sequence[keras.Layer], own: Own, prefix: str, seen: list[set[int]]
 ) -> Iterator[tuple[str, list[keras.Variable]]]:
     """The weights side by side, with the place that the first layer gives them.
 
@@ -46,54 +67,48 @@ def _pairs(
     and `dense_8` are `dense` and `dense_1` in every layer.
     """
     taken: dict[str, int] = {}
-    own = [_own(layer, trainable, known) for layer, known in zip(layers, seen, strict=True)]
-    children = [_children(layer, trainable, known) for layer, known in zip(layers, seen, strict=True)]
-    for layer, weights, below in zip(layers[1:], own[1:], children[1:], strict=True):
-        if len(weights) != len(own[0]) or len(below) != len(children[0]) or not _of_one_kind(layers[0], layer):
+    owned = [_own(layer, own, known) for layer, known in zip(layers, seen, strict=True)]
+    children = [_children(layer, own, known) for layer, known in zip(layers, seen, strict=True)]
+    for layer, weights, below in zip(layers[1:], owned[1:], children[1:], strict=True):
+        if len(weights) != len(owned[0]) or len(below) != len(children[0]) or not _of_one_kind(layers[0], layer):
             raise GroupMismatchError(
                 f"{task}: their structures differ{f' at {prefix[:-1]!r}' if prefix else ''}.\n"
-                f"Expected, set by {_outline(layers[0], own[0], children[0])}\n"
+                f"Expected, set by {_outline(layers[0], owned[0], children[0])}\n"
                 f"Received {_outline(layer, weights, below)}\n"
                 "Take layers of one structure, or their variables one by one."
             )
-    for weights in zip(*own, strict=True):
+    for weights in zip(*owned, strict=True):
         yield prefix + _numbered(_stable(weights[0]), taken), list(weights)
     for siblings in zip(*children, strict=True):
         if all(id(child) in known for child, known in zip(siblings, seen, strict=True)):
             continue
         for child, known in zip(siblings, seen, strict=True):
             known.add(id(child))
-        yield from _pairs(task, siblings, trainable, f"{prefix}{_numbered(_base(siblings[0].name), taken)}/", seen)
+        yield from _pairs(task, siblings, own, f"{prefix}{_numbered(_base(siblings[0].name), taken)}/", seen)
 
 
-def _own(layer: keras.Layer, trainable: bool, seen: set[int]) -> list[keras.Variable]:
+def _own(layer: keras.Layer, own: Own, seen: set[int]) -> list[keras.Variable]:
     """The weights that the layer itself holds, frozen or not, without those that were seen; they are seen now."""
-    made_trainable, others = keras_private.own_variables(layer)
-    weights = {id(variable): variable for variable in made_trainable + ([] if trainable else others)}
+    weights = {id(variable): variable for variable in own(layer)}
     new = [weight for key, weight in weights.items() if key not in seen]
     seen.update(weights)
     return new
 
 
-def _children(layer: keras.Layer, trainable: bool, seen: set[int]) -> list[keras.Layer]:
+def _children(layer: keras.Layer, own: Own, seen: set[int]) -> list[keras.Layer]:
     """The layers inside that have weights."""
     children = {id(child): child for child in keras_private.sublayers(layer)}
-    return [child for key, child in children.items() if key not in seen and _weights(child, trainable, set())]
+    return [child for key, child in children.items() if key not in seen and has_weights(child, own)]
 
 
-def _weights(layer: keras.Layer, trainable: bool, seen: set[int]) -> bool:
-    """Whether the layer, or one inside it, has weights."""
-    if id(layer) in seen:
-        return False
-    seen.add(id(layer))
-    made_trainable, others = keras_private.own_variables(layer)
-    has = made_trainable or (not trainable and others)
-    return bool(has) or any(_weights(child, trainable, seen) for child in keras_private.sublayers(layer))
+def has_weights(layer: keras.Layer, own: Own) -> bool:
+    """Whether the layer, or one inside it, has such weights."""
+    return any(own(each) for each in keras_private.flattened(layer))
 
 
 def _of_one_kind(first: keras.Layer, other: keras.Layer) -> bool:
     """Whether two layers do the same with their weights, as far as one can see: one class, or weights of one name."""
-    names = [[_stable(weight) for weight in _own(layer, False, set())] for layer in (first, other)]
+    names = [[_stable(weight) for weight in _own(layer, every_weight, set())] for layer in (first, other)]
     return type(first) is type(other) or names[0] == names[1]
 
 

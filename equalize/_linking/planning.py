@@ -32,7 +32,8 @@ class Plan:
 
     def establish(self, initial: str) -> TiedGroup:
         """Binds the members, and makes a hard group equal."""
-        _attach(self.group, self.inner)
+        if self.group.statistics_of is None:
+            _attach(self.group, self.inner)
         if self.group.hard:
             self.group.sync(initial)
         elif not self.group.rule.same_shape:
@@ -52,8 +53,15 @@ def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], i
     return Plan(group, [rule.inner for rule in rules])
 
 
-def plan(groups: Mapping[str, TiedGroup], name: str, members: list[Member], rule: Rule, initial: str) -> Plan:
-    """A group of members that a user named, beside the existing groups."""
+def plan(
+    groups: Mapping[str, TiedGroup],
+    name: str,
+    members: list[Member],
+    rule: Rule,
+    initial: str,
+    statistics_of: str | None = None,
+) -> Plan:
+    """A group of members that a user named, beside the existing groups; or of the moving statistics of a tie."""
     if name in groups:
         raise GroupMismatchError(
             f"There is a group '{name}' already: {groups[name]!r}. Expected: a new name. Call `untie({name!r})` "
@@ -64,8 +72,10 @@ def plan(groups: Mapping[str, TiedGroup], name: str, members: list[Member], rule
     validation.require_fit(name, members, rules)
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(name, members)
+    if statistics_of is not None:
+        validation.require_no_other_statistics(name, members, groups.values())
     inner = inner_for(name, rule, members)
-    group = TiedGroup(name, members, rule, inner=common_inner(rule, members, inner))
+    group = TiedGroup(name, members, rule, inner=common_inner(rule, members, inner), statistics_of=statistics_of)
     _require_start(group, initial)
     return Plan(group, inner)
 
@@ -118,8 +128,16 @@ def restore(
     for model in models:
         discovery.weights_of(model)
     weights = [places.weights_by_place(model) for model in models]
+    owners = discovery.owners(models)
     return [
-        plan(groups, entry["name"], config.members_of(entry, weights), config.rule_of(entry), initial)
+        plan(
+            groups,
+            entry["name"],
+            config.members_of(entry, weights, owners),
+            config.rule_of(entry),
+            initial,
+            entry.get("statistics_of"),
+        )
         for entry in pending
     ]
 
@@ -178,6 +196,18 @@ def warn_of_overwriting(plans: Sequence[Plan], initial: str, *, stacklevel: int)
             UserWarning,
             stacklevel=stacklevel,
         )
+
+
+def warn_of_statistics(name: str, statistics: Sequence[str], *, stacklevel: int) -> None:
+    """Warns where tied layers have moving statistics that are not tied."""
+    warnings.warn(
+        f"The layers of '{name}' have moving statistics that this does not tie ({statistics[0]!r}"
+        f"{f' and {len(statistics) - 1} more' if statistics[1:] else ''}), so they will give different results in "
+        "inference. Expected: `tie(..., statistics=True)`, which keeps them equal; or statistics that are meant to be "
+        "each layer's own.",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _has_trained(model: Any) -> bool:

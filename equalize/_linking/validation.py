@@ -95,6 +95,18 @@ def require_no_other_hard_group(name: str, members: Sequence[Member], besides: T
                 )
 
 
+def require_no_other_statistics(name: str, members: Sequence[Member], groups: Iterable[TiedGroup]) -> None:
+    """Raises `GroupMismatchError` where a moving statistic is kept equal to others already."""
+    ids = {id(member.variable) for member in members}
+    for group in groups:
+        if group.statistics_of is not None and any(id(member.variable) in ids for member in group.members):
+            raise GroupMismatchError(
+                f"Cannot tie the moving statistics '{name}': some belong to '{group.name}' already. Expected: one tie "
+                f"of layers with `statistics=True`. Name all layers in one tie, or call "
+                f"`untie({group.statistics_of!r})` first.{listing(members)}"
+            )
+
+
 def require_equal(group: TiedGroup) -> None:
     """Raises `TieBrokenError` unless the members are equal, saying which differ and by how much."""
     if group.spread() == 0.0:

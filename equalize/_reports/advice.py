@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
+from equalize._inputs import arguments
 from equalize._inputs.arguments import received
 from equalize._math import means
 from equalize._reports.progress import bar
@@ -65,8 +66,7 @@ def advise(groups: Sequence[TiedGroup], model: keras.Model, x: Any, y: Any, batc
             the loss cannot be computed.
         TypeError: `model` is not a Keras model.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: {received(model)}.")
+    arguments.model("model", model)
     if not getattr(model, "compiled", False):
         raise EqualizeError(
             f"`advise` needs the loss of a model. Expected: a compiled model. Received: '{model.name}', which is not "

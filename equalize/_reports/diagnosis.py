@@ -8,6 +8,7 @@ import keras
 
 from equalize._backend import keras_private, living, wrapping
 from equalize._inputs.arguments import counted
+from equalize._linking import pairing
 from equalize._reports.invariance import has_invariant
 from equalize._ties.bound import Bound, own, rule_of, ties_on
 from equalize._ties.effects import Effect, described, same
@@ -64,7 +65,7 @@ def findings(
         models: The models to look at.
         monitored: Whether a `TieMonitor` makes the groups equal when training ends.
     """
-    found = [*_pending(pending), *_unequal(groups), *_lost(groups), *_regularized(groups)]
+    found = [*_pending(pending), *_unequal(groups), *_lost(groups), *_regularized(groups), *_parted(groups, models)]
     for model in models:
         found += _undone(model)
         parts = wrapping.parts(getattr(model, "optimizer", None))
@@ -74,6 +75,8 @@ def findings(
         own = {id(weight) for weight in model.weights}
         as_one = {id(group) for part in parts for optimizer in part for group in _updated_as_one(optimizer)}
         for group in groups:
+            if group.statistics_of is not None:  # which no optimizer trains
+                continue
             moving = [member.variable for member in group.members if not member.anchor]
             if id(group) not in as_one and any(id(member.variable) in own for member in group.members):
                 found += _about_optimizers(group, _trained_by(parts, moving), monitored=monitored)
@@ -149,6 +152,29 @@ def _lost(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
                 "Rebuilding a layer and quantization make new variables: tie those with `registry.tie`. If a model "
                 "was deleted, there is nothing to do.",
             )
+
+
+def _parted(groups: Iterable[TiedGroup], models: Iterable[keras.Model]) -> Iterator[Finding]:
+    """Moving statistics of layers all of whose weights are those of other layers, but not the statistics."""
+    kept = {id(m.variable) for group in groups if group.statistics_of is not None for m in group.members}
+    hard = {id(m.variable): group for group in groups if group.hard for m in group.members}
+    found: dict[str, list[str]] = {}
+    for layer in {id(each): each for model in models for each in keras_private.flattened(model)}.values():
+        inside = list(keras_private.flattened(layer))
+        weights = [weight for each in inside for weight in pairing.made_trainable(each)]
+        own = {id(weight) for weight in weights}
+        if weights and all(key in hard and any(id(m.variable) not in own for m in hard[key].members) for key in own):
+            for statistic in (statistic for each in inside for statistic in pairing.statistics(each)):
+                if id(statistic) not in kept:
+                    found.setdefault(hard[id(weights[0])].name, []).append(statistic.path)
+    for name, paths in found.items():
+        yield Finding(
+            "statistics",
+            name,
+            f"the layers are tied, and their moving statistics are not ({', '.join(map(repr, dict.fromkeys(paths)))}), "
+            "so they give different results in inference.",
+            "Tie the layers with `registry.tie(..., statistics=True)`.",
+        )
 
 
 def _undone(model: keras.Model) -> Iterator[Finding]:

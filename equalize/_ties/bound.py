@@ -60,6 +60,8 @@ class BoundRegularizer(Bound, keras.regularizers.Regularizer):
     """The regularizer of a member: its share of the group's penalty, and what was there before."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        for statistics in self.group.statistics:
+            statistics.keep(in_loss=True)
         share = self.group.share(self.member, backend.tensor(x))
         return share if self.inner is None else share + ops.cast(self.inner(x), share.dtype)
 
@@ -69,10 +71,11 @@ class OwnRegularizer(Bound, keras.regularizers.Regularizer):
 
     A hard group is one weight, so the members' own regularizers count as their mean: equal ones count once.
 
-    It also lets a step on JAX know the values of anchors. The optimizer carries trainable variables only, and Keras
-    takes the values of all others away while `fit` runs (3.15), so a projection cannot read an anchor. The loss of the
-    same step can: it runs over all variables of the model and asks every trainable one for its regularizer. What the
-    variable itself holds is no substitute, since a loop written by hand may have given the step another value.
+    It also makes moving statistics equal that are tied with the group, and lets a step on JAX know the values of
+    anchors. The optimizer carries trainable variables only, and Keras takes the values of all others away while `fit`
+    runs (3.15), so a projection cannot read an anchor. The loss of the same step can: it runs over all variables of the
+    model and asks every trainable one for its regularizer. What the variable itself holds is no substitute, since a
+    loop written by hand may have given the step another value.
     """
 
     def unbound(self) -> Any:
@@ -82,6 +85,8 @@ class OwnRegularizer(Bound, keras.regularizers.Regularizer):
         return {} if self.inner is None else self.inner.get_config()
 
     def __call__(self, x: Tensor) -> Tensor:
+        for statistics in self.group.statistics:
+            statistics.keep(in_loss=True)
         if backend.is_traced(x):  # a loss that nobody differentiates or compiles is no training step's
             for member in self.group.members:
                 if member.anchor:
@@ -143,7 +148,7 @@ def attach(group: Any, member: Member, inner: Any) -> None:
     variable, chain = member.variable, member.variable.regularizer
     if group.projects:
         variable.constraint = BoundConstraint(group, member, inner)
-        if chain is not None or keras.backend.backend() == "jax":
+        if chain is not None or group.statistics or keras.backend.backend() == "jax":
             variable.regularizer = _with_own(chain, OwnRegularizer(group, member, own(chain)))
         return
 
@@ -158,6 +163,17 @@ def attach(group: Any, member: Member, inner: Any) -> None:
         projected = isinstance(variable.constraint, BoundConstraint)
         chain = _with_own(chain, OwnRegularizer(variable.constraint.group, member, inner) if projected else inner)
     variable.regularizer = BoundRegularizer(group, member, chain)
+
+
+def attach_statistics(group: Any, statistics: Any) -> None:
+    """Has the loss, and the projection, of a group make statistics equal as well."""
+    group.statistics.append(statistics)
+    for member in group.members if group.projects else ():
+        variable, chain = member.variable, member.variable.regularizer
+        if not member.constant and not any(
+            type(tie) is OwnRegularizer and tie.group is group for tie in chain_of(chain)
+        ):
+            variable.regularizer = _with_own(chain, OwnRegularizer(group, member, own(chain)))
 
 
 def detach(group: Any) -> None:

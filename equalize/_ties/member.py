@@ -24,6 +24,7 @@ class Member:
         path: Where the variable lives, as `variable.path` gives it.
         view: How the member shows the group's common value; None for "as it is".
         weight: The member's weight in the mean.
+        owner: For a moving statistic, the layer that updates it.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -40,7 +41,13 @@ class Member:
     """
 
     def __init__(
-        self, variable: keras.Variable, *, view: View | None = None, weight: float = 1.0, constant: bool = False
+        self,
+        variable: keras.Variable,
+        *,
+        view: View | None = None,
+        weight: float = 1.0,
+        constant: bool = False,
+        owner: keras.Layer | None = None,
     ):
         if not backend.is_variable(variable):
             raise TypeError(f"`variable` must be a `keras.Variable`. Received: {received(variable)}.")
@@ -48,6 +55,7 @@ class Member:
             raise TypeError(f"`view` must be a view of `equalize.views`, or None. Received: {received(view)}.")
         self._variable = weakref.ref(variable)
         self._constant = variable if constant else None
+        self._owner = None if owner is None else weakref.ref(owner)
         self._seen: _Seen | None = None
         self.path: str = "constant" if constant else variable.path
         self.view = view
@@ -77,8 +85,14 @@ class Member:
 
     @property
     def anchor(self) -> bool:
-        """Whether the member never moves: it is a constant, or not trainable."""
-        return not self.variable.trainable
+        """Whether the member never moves: it is a constant, or not trainable; or the statistic of a frozen layer."""
+        owner = self.owner
+        return not (self.variable if owner is None else owner).trainable
+
+    @property
+    def owner(self) -> keras.Layer | None:
+        """For a statistic, the layer that updates it; None for any other member, or where the layer is gone."""
+        return None if self._owner is None else self._owner()
 
     def read(self) -> Tensor:
         """The value that a step sees; of a variable that is in no model of the step, what it holds at that time."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,11 +26,25 @@ class TiedGroup(Group):
 
     Attributes:
         declared: Whether layers carry the rule in their configs, so that `link` finds it again in a copy of the model.
+        statistics_of: For moving statistics, the name of the tie that they belong to.
+        statistics: The groups of moving statistics that are kept equal with this group.
     """
 
-    def __init__(self, name: str, members: Sequence[Member], rule: Any, *, inner: Any = None, declared: bool = False):
+    def __init__(
+        self,
+        name: str,
+        members: Sequence[Member],
+        rule: Any,
+        *,
+        inner: Any = None,
+        declared: bool = False,
+        statistics_of: str | None = None,
+    ):
         self.name = name
         self.declared = declared
+        self.statistics_of = statistics_of
+        self.statistics: list[TiedGroup] = []
+        self._unchanged: Callable[[], bool] | None = None  # since statistics were made equal
         self._held: list[int] = []  # the anchors that the others keep alive, by their ids
         self._shared_updates = 0
         self.adopt(rule, members, inner)
@@ -145,6 +159,8 @@ class TiedGroup(Group):
             GroupMismatchError: Two anchors differ.
             EqualizeError: The step cannot reach a member, which happens on JAX.
         """
+        for group in self.statistics:
+            group.keep()
         if caller is not None and self._shared_updates:
             return self._constrained(caller)
         step = backend.applying() or self
@@ -219,12 +235,35 @@ class TiedGroup(Group):
         Raises:
             EqualizeError: The step cannot reach a member, which happens on JAX.
         """
+        for group in self.statistics:
+            group.keep()
         members = self.members
         self._require_reach(members)
         written = backend.read(leader.variable)
         value = backend.computed_once(leader.least_squares(written))
         follow = [m for m in members if not m.anchor and (m is not leader or value is not written)]
         backend.write([m.variable for m in follow], [backend.own_copy(m.apply(value)) for m in follow])
+
+    def keep(self, *, in_loss: bool = False) -> None:
+        """Makes moving statistics equal, where a layer has updated one since; nothing calls a constraint of theirs.
+
+        The forward pass updates them, so the loss of a step comes after. On JAX it is also the last that can write
+        them: the scope of an optimizer carries trainable variables only.
+
+        Raises:
+            EqualizeError: The loss of a step cannot reach a member, which happens on JAX.
+        """
+        members = self.members
+        if in_loss:
+            self._require_reach(members)
+        if backend.in_symbolic_scope() or not self.can_read(members):
+            return
+        if self._unchanged is not None and self._unchanged():
+            return
+        traced = backend.computes_later() or any(backend.is_traced(backend.read(member.variable)) for member in members)
+        if traced or self.spread() != 0.0:  # what backpropagation needs is not written for nothing
+            self.project()
+        self._unchanged = backend.track_all([member.variable for member in members])
 
     def _constrained(self, member: Member) -> Tensor:
         """A member's value, with the common value that it shows as the inner constraint wants it."""
