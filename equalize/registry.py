@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -175,9 +176,9 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             for member in group_members:
                 member.weight = rule.weight
                 member.view = member.view or rule.view
-            planned.append(planning.plan(self, group_name, group_members, rule, initial))
+            planned.append(planning.plan(self, group_name, group_members, rule, initial, name if layers else None))
         for group_name, group_members in moving.items() if statistics else ():
-            planned.append(planning.plan(self, group_name, group_members, Equal(), initial, statistics_of=name))
+            planned.append(planning.plan(self, group_name, group_members, Equal(), initial, name, True))
         planning.require_apart(planned)
         planning.warn_of_overwriting(planned, initial, stacklevel=3)
         if moving and not statistics:
@@ -215,7 +216,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         True
         """
         selected = self.select([arguments.text("name", name, "the name of a group")])
-        groups = [group for group in selected if group.statistics_of is None]
+        groups = [group for group in selected if not group.of_statistics]
         if not groups:
             raise EqualizeError(
                 f"Group '{name}' is of moving statistics, which are kept equal and nothing else. Expected: the name of "
@@ -350,24 +351,59 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 f"received:{lines}\n{EQUALIZE}"
             )
 
-    def summary(self, print_fn: Any = None) -> None:
+    def summary(self, print_fn: Any = None, *, expand: bool = False) -> None:
         """Prints a table of the groups: rule, members, weights stored and free, and how far apart the members are.
 
-        A registry that ends a notebook's cell shows the same table, and so does `rich.print(registry)`.
+        All groups of a tie of layers are one row, with the largest spread among them. A registry that ends a notebook's
+        cell shows the same table, and so does `rich.print(registry)`.
 
         Args:
             print_fn: Called with the table as plain text of at most 80 columns, for a log; by default it is printed,
                 in color where the terminal has it.
+            expand: Whether each group of a tie of layers has a row of its own, with the paths of its members.
         """
         _require_printer(print_fn)
-        summary.print_summary(list(self.values()), len(self.diagnose()), print_fn)
+        arguments.flag("expand", expand)
+        summary.print_summary(list(self.values()), len(self.diagnose()), print_fn, expand=expand)
+
+    def count_params(self, model: keras.Model) -> tuple[int, int]:
+        """How many numbers a model stores in its weights, and how many of them training can choose.
+
+        The members of a hard group have one value to choose, and none where an anchor holds it; what their views do
+        not cover is chosen freely. Weights that are not trainable are only stored. What a constraint takes away is
+        not counted.
+
+        Args:
+            model: A built model.
+
+        Returns:
+            `(stored, free)`; `stored` is `model.count_params()`.
+
+        Example:
+        >>> import keras, equalize
+        >>> layers = [keras.layers.Dense(10) for _ in range(3)]
+        >>> model = keras.Sequential([keras.Input((10,)), *layers])
+        >>> registry = equalize.GroupRegistry()
+        >>> groups = registry.tie("layers", layers, equalize.constraints.Equal())
+        >>> registry.count_params(model)
+        (330, 110)
+        """
+        arguments.model("model", model)
+        trainable = {id(weight): math.prod(weight.shape) for weight in model.trainable_weights}
+        free = sum(trainable.values())
+        for group in self.values() if self else ():
+            moving = [m for m in group.members if group.hard and id(m.variable) in trainable and not m.anchor]
+            chosen = 0 if any(member.anchor for member in group.members) else 1
+            free -= math.prod(moving[0].common_shape) * (len(moving) - chosen) if moving else 0
+        return sum(math.prod(weight.shape) for weight in model.weights), free
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws which layers each group ties, and how far apart its members are.
+        """Draws which layers each tie has, and how far apart members are that are not equal.
 
-        Above, a row for each group with a mark in the column of each layer that it ties. Below, a heat map for each
-        group: the largest entry of |w_i − w_j| for each pair of members, as their views pull them back. All maps have
-        one scale. A group of n members costs n·(n − 1)/2 comparisons.
+        Above, a row for each group, or tie of layers, with a mark in the column of each layer that it has. Below, for
+        up to six of those whose members are farthest apart, a heat map: the largest entry of |w_i − w_j| for each pair
+        of members, as their views pull them back. All maps have one scale. A group of n members costs n·(n − 1)/2
+        comparisons. The picture fits a page, whatever the number of groups.
 
         Args:
             path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
@@ -493,11 +529,11 @@ class GroupRegistry(Mapping[str, TiedGroup]):
 
     def _keep_statistics(self) -> None:
         """Has the groups of a tie keep its moving statistics: those of the same layers, where they have weights."""
-        kept = [group for group in self.values() if group.statistics_of is not None]
+        kept = [group for group in self.values() if group.of_statistics]
         for group in self.values() if kept else ():
             group.statistics.clear()
         for group in kept:
-            tie = [g for g in self.values() if g.statistics_of is None and _within(g.name, group.statistics_of or "")]
+            tie = [other for other in self.values() if other.tie == group.tie and not other.of_statistics]
             own = {id(weight) for member in group.members if member.owner for weight in member.owner.weights}
             near = [other for other in tie if any(id(member.variable) in own for member in other.members)]
             for other in near or tie:

@@ -48,6 +48,41 @@ def test_the_picture_names_groups_rules_layers_and_spreads(tmp_path, drawn):
     del model
 
 
+def test_a_tie_of_layers_is_one_row_and_only_what_is_apart_has_a_map(tmp_path, drawn):
+    from matplotlib.image import AxesImage
+
+    parts = [keras.Sequential([keras.Input((3,)), keras.layers.Dense(3), keras.layers.Dense(3)]) for _ in range(3)]
+    model = keras.Sequential([keras.Input((3,)), *parts])
+    registry = equalize.GroupRegistry()
+    registry.tie("blocks", parts, Equal())
+    registry.plot(tmp_path / "equal.png")
+    registry.tie("soft", [part.layers[0].kernel for part in parts], MeanL2())
+    parts[1].layers[0].kernel.assign(np.ones((3, 3)))
+    registry.plot(tmp_path / "apart.png")
+    equal, apart = drawn
+    assert equal.findobj(AxesImage) == []
+    assert len(apart.axes) == 4  # the rows, the maps of the tie and of the group, which has the kernel as well, a scale
+    (rows,) = [axes.get_yticklabels() for axes in equal.axes]
+    assert [label.get_text() for label in rows] == ["blocks   Equal()"]
+    assert {part.name for part in parts} <= texts(equal)
+    (legend,) = equal.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["kept equal, bit for bit"]
+    assert model.built
+
+
+@pytest.mark.parametrize("count", [1, 16, 200])
+def test_a_picture_fits_a_page_whatever_the_number_of_groups(count, tmp_path, drawn):
+    registry = equalize.GroupRegistry()
+    variables = [keras.Variable(np.full((2, 2), float(i)), name=f"v{i}") for i in range(2 * count)]
+    for i in range(count):
+        registry.tie(f"group {i}", variables[2 * i : 2 * i + 2], MeanL2())
+    registry.plot(tmp_path / "ties.png")
+    width, height = drawn[0].get_size_inches()
+    assert width <= 10
+    assert height <= 13
+    assert ("160 more ties are not shown" in " ".join(texts(drawn[0]))) == (count == 200)
+
+
 def test_a_heat_map_holds_the_largest_difference_of_each_pair_of_members():
     model, registry = tied()
     steps = []
@@ -86,7 +121,7 @@ def test_many_groups_and_members_and_what_is_not_a_number(tmp_path, drawn):
     registry.plot(tmp_path / "ties.svg")
     assert (tmp_path / "ties.svg").stat().st_size > 0
     written = texts(drawn[0])
-    assert "towers/kernel: spread inf" in written
+    assert "towers: spread inf" in written
     assert any(text.startswith("…") for text in written)
 
 

@@ -79,6 +79,76 @@ def test_a_log_has_no_escape_codes_and_fits_80_columns_whatever_the_terminal(mon
     assert lines[0].isascii()
 
 
+def blocks(n=6):
+    """Tied blocks of three layers each, and a group beside them."""
+    parts = [
+        keras.Sequential(
+            [
+                keras.Input((5,)),
+                keras.layers.Dense(5, name="a_layer_with_a_long_name"),
+                keras.layers.BatchNormalization(name="norm"),
+                keras.layers.Dense(5, name="out"),
+            ],
+            name=f"block_{i}",
+        )
+        for i in range(n)
+    ]
+    model, registry = keras.Sequential([keras.Input((5,)), *parts, keras.layers.Dense(5)]), equalize.GroupRegistry()
+    registry.tie("blocks", parts, equalize.constraints.Equal(), statistics=True)
+    registry.tie("alone", [model.layers[-1].kernel, np.ones((5, 5))], equalize.regularizers.MeanL2(factor=0.5))
+    return model, registry
+
+
+def _column(text, place):
+    """All lines of a column, one after the other."""
+    lines = [line.split("|") for line in text.splitlines() if "|" in line]
+    return " ".join(" ".join(cells[place] for cells in lines).split())
+
+
+def test_a_tie_of_layers_is_one_row_until_it_is_expanded():
+    model, registry = blocks()
+    text = printed(registry)
+    assert "6 weights and 2 statistics x 6 layers" in _column(text, 2)
+    assert "a_layer_with_a_long_name" not in text
+    assert "MeanL2(factor=0.5)" in text
+    assert registry._repr_html_().count("<tr>") == 3
+    lines = []
+    registry.summary(print_fn=lines.append, expand=True)
+    assert _column(lines[0], 2).count("block_5/") == 8
+    whole = _column(lines[0], 2).replace(" ", "")
+    assert all(f"block_{i}/a_layer_with_a_long_name/kernel(5,5)" in whole for i in range(6))
+    assert max(map(len, lines[0].splitlines())) <= 80
+    assert registry.count_params(model) == (model.count_params(), 5 * 5 * 2 + 5 * 4 + 30)
+
+
+def test_names_are_broken_where_they_have_parts():
+    wrapped = summary._wrapped("functional_1/encoder_layer/self_attention/query/kernel (64, 64)", 18)
+    assert wrapped.split("\n") == [
+        "functional_1/",
+        "encoder_layer/",
+        "self_attention/",
+        "query/kernel",
+        "(64, 64)",
+    ]
+    assert summary._wrapped("x" * 20, 8).split("\n") == ["x" * 8, "x" * 8, "x" * 4]
+    assert summary._wrapped("", 8) == ""
+
+
+def test_params_are_counted_with_anchors_views_and_what_is_frozen():
+    model = towers(3, frozen=(1,))
+    registry = equalize.GroupRegistry()
+    everything, free = registry.count_params(model)
+    assert (everything, free) == (model.count_params(), 24 * 2 + 13)
+    registry.tie("held", kernels(model)[:2], equalize.constraints.Equal())
+    assert registry.count_params(model) == (everything, free - 20)
+    registry.untie()
+    part = equalize.views.Slice((0, 0), (2, 4))
+    registry.tie("part", [(kernels(model)[0], part), (kernels(model)[2], part)], equalize.constraints.Equal())
+    assert registry.count_params(model) == (everything, free - 8)
+    registry.replace("part", equalize.regularizers.MeanL2(factor=0.1))
+    assert registry.count_params(model) == (everything, free)
+
+
 def test_a_terminal_shows_color_and_a_pipe_does_not(monkeypatch, capsys):
     model, registry = many(2)
     registry.summary()

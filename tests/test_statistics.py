@@ -258,7 +258,7 @@ def test_seeds_are_no_statistics_and_vectors_of_spectral_norms_are():
     outputs = [keras.layers.Dropout(0.5)(each(entrance)) for each, entrance in zip(layers, entrances, strict=True)]
     model, registry = keras.Model(entrances, outputs), equalize.GroupRegistry()
     registry.tie("spectral", layers, Equal(), statistics=True)
-    (vectors,) = [group for name, group in registry.items() if group.statistics_of]
+    (vectors,) = [group for name, group in registry.items() if group.of_statistics]
     assert "vector_u" in vectors.name
     model.compile("sgd", ["mse", "mse"])
     x, _ = inputs(2)

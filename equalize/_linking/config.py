@@ -21,6 +21,7 @@ from equalize.errors import EqualizeError, GroupMismatchError
 
 _UNCHANGED = "Use what `registry.get_config()` returned, unchanged."
 _GROUP_KEYS = {"name", "rule", "members"}
+_OF_LAYERS = {"tie", "statistics"}  # of what a tie of layers made
 
 
 def group_configs(groups: Sequence[TiedGroup]) -> list[dict[str, Any]]:
@@ -52,7 +53,8 @@ def _group_config(group: TiedGroup, found: Mapping[int, places.Places]) -> dict[
     rule = group.present_rule
     rule = keras.saving.serialize_keras_object(rule)  # what else is on the variables is found there
     entry = {"name": group.name, "rule": rule, "members": members}
-    return entry if group.statistics_of is None else entry | {"statistics_of": group.statistics_of}
+    entry |= {} if group.tie is None else {"tie": group.tie}
+    return entry | ({"statistics": True} if group.of_statistics else {})
 
 
 def checked_config(config: Any) -> list[dict[str, Any]]:
@@ -65,10 +67,12 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
         raise _damaged("a dictionary with one entry 'groups', a list", config)
     seen: set[str] = set()
     for entry in config["groups"]:
-        if not isinstance(entry, dict) or set(entry) - {"statistics_of"} != _GROUP_KEYS:
+        if not isinstance(entry, dict) or set(entry) - _OF_LAYERS != _GROUP_KEYS:
             raise _damaged(f"groups with the entries {sorted(_GROUP_KEYS)}", entry)
-        if not isinstance(entry["name"], str) or not isinstance(entry.get("statistics_of", ""), str):
-            raise _damaged("names that are strings", [entry["name"], entry.get("statistics_of")])
+        if not isinstance(entry["name"], str) or not isinstance(entry.get("tie", ""), str):
+            raise _damaged("names that are strings", [entry["name"], entry.get("tie")])
+        if entry.get("statistics", True) is not True or ("statistics" in entry and "tie" not in entry):
+            raise _damaged(f"moving statistics of a tie in '{entry['name']}'", entry["statistics"])
         if not isinstance(entry["members"], list) or len(entry["members"]) < 2:
             raise _damaged(f"at least two members in group '{entry['name']}'", entry["members"])
         for member in entry["members"]:
@@ -81,6 +85,8 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
         seen.add(entry["name"])
         try:
             discovery.require_rule(entry["name"], rule_of(entry))
+            if "statistics" in entry and not rule_of(entry).hard:
+                raise _damaged(f"a hard tie of the moving statistics '{entry['name']}'", entry["rule"])
             for member in entry["members"]:
                 _weight_of(member)
                 rules.checked_view(member["view"])
@@ -118,7 +124,7 @@ def members_of(
             else _found(entry["name"], member, models)
         )
         view, weight = rules.checked_view(member["view"]), _weight_of(member)
-        owner = owners.get(id(variable)) if "statistics_of" in entry else None
+        owner = owners.get(id(variable)) if "statistics" in entry else None
         members.append(Member(variable, view=view, weight=weight, constant=constant, owner=owner))
     return members
 

@@ -32,7 +32,7 @@ class Plan:
 
     def establish(self, initial: str) -> TiedGroup:
         """Binds the members, and makes a hard group equal."""
-        if self.group.statistics_of is None:
+        if not self.group.of_statistics:
             _attach(self.group, self.inner)
         if self.group.hard:
             self.group.sync(initial)
@@ -59,9 +59,10 @@ def plan(
     members: list[Member],
     rule: Rule,
     initial: str,
-    statistics_of: str | None = None,
+    tie: str | None = None,
+    of_statistics: bool = False,
 ) -> Plan:
-    """A group of members that a user named, beside the existing groups; or of the moving statistics of a tie."""
+    """A group of members that a user named, beside the existing groups, alone or as a part of a tie of layers."""
     if name in groups:
         raise GroupMismatchError(
             f"There is a group '{name}' already: {groups[name]!r}. Expected: a new name. Call `untie({name!r})` "
@@ -72,10 +73,11 @@ def plan(
     validation.require_fit(name, members, rules)
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(name, members)
-    if statistics_of is not None:
+    if of_statistics:
         validation.require_no_other_statistics(name, members, groups.values())
     inner = inner_for(name, rule, members)
-    group = TiedGroup(name, members, rule, inner=common_inner(rule, members, inner), statistics_of=statistics_of)
+    common = common_inner(rule, members, inner)
+    group = TiedGroup(name, members, rule, inner=common, tie=tie, of_statistics=of_statistics)
     _require_start(group, initial)
     return Plan(group, inner)
 
@@ -136,7 +138,8 @@ def restore(
             config.members_of(entry, weights, owners),
             config.rule_of(entry),
             initial,
-            entry.get("statistics_of"),
+            entry.get("tie"),
+            "statistics" in entry,
         )
         for entry in pending
     ]

@@ -99,11 +99,11 @@ def require_no_other_statistics(name: str, members: Sequence[Member], groups: It
     """Raises `GroupMismatchError` where a moving statistic is kept equal to others already."""
     ids = {id(member.variable) for member in members}
     for group in groups:
-        if group.statistics_of is not None and any(id(member.variable) in ids for member in group.members):
+        if group.of_statistics and any(id(member.variable) in ids for member in group.members):
             raise GroupMismatchError(
                 f"Cannot tie the moving statistics '{name}': some belong to '{group.name}' already. Expected: one tie "
                 f"of layers with `statistics=True`. Name all layers in one tie, or call "
-                f"`untie({group.statistics_of!r})` first.{listing(members)}"
+                f"`untie({group.tie!r})` first.{listing(members)}"
             )
 
 

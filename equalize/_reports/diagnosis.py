@@ -75,7 +75,7 @@ def findings(
         own = {id(weight) for weight in model.weights}
         as_one = {id(group) for part in parts for optimizer in part for group in _updated_as_one(optimizer)}
         for group in groups:
-            if group.statistics_of is not None:  # which no optimizer trains
+            if group.of_statistics:  # which no optimizer trains
                 continue
             moving = [member.variable for member in group.members if not member.anchor]
             if id(group) not in as_one and any(id(member.variable) in own for member in group.members):
@@ -156,7 +156,7 @@ def _lost(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
 
 def _parted(groups: Iterable[TiedGroup], models: Iterable[keras.Model]) -> Iterator[Finding]:
     """Moving statistics of layers all of whose weights are those of other layers, but not the statistics."""
-    kept = {id(m.variable) for group in groups if group.statistics_of is not None for m in group.members}
+    kept = {id(m.variable) for group in groups if group.of_statistics for m in group.members}
     hard = {id(m.variable): group for group in groups if group.hard for m in group.members}
     found: dict[str, list[str]] = {}
     for layer in {id(each): each for model in models for each in keras_private.flattened(model)}.values():

@@ -17,14 +17,52 @@ from equalize.errors import EqualizeError
 # Colors of Okabe and Ito, which people with any kind of color vision tell apart; markers differ as well.
 _HARD, _LOOSE, _ANCHOR = ("#0072B2", "o"), ("#D55E00", "o"), ("#000000", "s")
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_KINDS = {True: "kept equal, bit for bit", False: "pulled together"}
 _NUMBERED = 6
 """Up to so many members a heat map has its numbers written into it."""
 _NAMED = 16
 """Up to so many members a heat map names each."""
+_PAGE = 10.0, 13.0
+"""The largest picture in inches: a page."""
+_MAPS = 6
+"""So many heat maps are drawn at most, of the ties whose members are farthest apart."""
+_ROWS, _COLUMNS = 40, 48
+"""So many ties are drawn at most; so many layers are named."""
+
+
+class _Row:
+    """A tie of layers, or a group that was tied alone."""
+
+    def __init__(self, groups: Sequence[TiedGroup]):
+        self.groups = groups
+        self.name = str(groups[0].tie) if len(groups) > 1 else groups[0].name
+        weights = [group for group in groups if not group.of_statistics]
+        self.rules = ", ".join(dict.fromkeys(group.describe() for group in weights or groups))
+        self.hard = all(group.hard for group in groups)
+        self.spread = max(group.spread() for group in groups)
+        columns = list(zip(*(group.members for group in groups), strict=False))
+        self.layers = [_common_layer(members) for members in columns]
+        self.anchors = [all(member.anchor for member in members) for members in columns]
+
+
+def _rows(groups: Sequence[TiedGroup]) -> list[_Row]:
+    ties: dict[Any, list[TiedGroup]] = {}
+    for group in groups:
+        ties.setdefault(group if group.tie is None else group.tie, []).append(group)
+    return [_Row(tie) for tie in ties.values()]
+
+
+def _common_layer(members: Sequence[Member]) -> str:
+    """The path of the innermost layer that owns all of some members."""
+    paths = [_layer(member).split("/") for member in members]
+    common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    return "/".join(common) or _layer(members[0])
 
 
 def plot_groups(groups: Sequence[TiedGroup], path: str | os.PathLike[str]) -> None:
-    """Draws which layers each group ties, and how far apart its members are.
+    """Draws which layers each tie has, and how far apart the members are where they are not equal.
+
+    The picture fits a page: of many ties the first are drawn, and the distances in those that are farthest apart.
 
     Args:
         groups: The groups.
@@ -42,16 +80,21 @@ def plot_groups(groups: Sequence[TiedGroup], path: str | os.PathLike[str]) -> No
             "`registry.link(model)` or `registry.tie(...)` first."
         )
     figure_of = _figure()
-    layers = list(dict.fromkeys(_layer(member) for group in groups for member in group.members))
-    longest = max(len(_short(layer)) for layer in layers)
-    width = max(10.0, 3.2 + 0.36 * len(layers))
-    columns = min(len(groups), int(width / (2.2 + 0.05 * longest)))
-    rows = math.ceil(len(groups) / columns)
-    heights = (1.2 + 0.32 * len(groups) + 0.08 * longest, (2.6 + 0.06 * longest) * rows)
-    figure = figure_of(figsize=(width, sum(heights)), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
-    _draw_grid(upper.subplots(), groups, layers)
-    _draw_maps(lower, groups, lower.subplots(rows, columns, squeeze=False))
+    rows = _rows(groups)
+    apart = sorted((row for row in rows if row.spread != 0.0), key=lambda row: -row.spread)[:_MAPS]
+    shown = rows[:_ROWS]
+    layers = list(dict.fromkeys(layer for row in shown for layer in row.layers))
+    longest = min(max(len(_short(layer)) for layer in layers), 40)
+    grid = min(1.6 + 0.32 * len(shown) + 0.07 * longest, 0.6 * _PAGE[1])
+    lines = math.ceil(len(apart) / 3)
+    maps = min((2.2 + 0.05 * longest) * lines, _PAGE[1] - grid)
+    figure = figure_of(figsize=(_PAGE[0], grid + maps), layout="constrained")
+    if not apart:
+        _draw_grid(figure.subplots(), shown, layers, len(rows) - len(shown))
+    else:
+        upper, lower = figure.subfigures(2, 1, height_ratios=(grid, maps))
+        _draw_grid(upper.subplots(), shown, layers, len(rows) - len(shown))
+        _draw_maps(lower, apart, lower.subplots(lines, min(len(apart), 3), squeeze=False))
     figure.savefig(path, dpi=120)
 
 
@@ -109,54 +152,69 @@ def _figure() -> Any:
     return Figure
 
 
-def _draw_grid(axes: Any, groups: Sequence[TiedGroup], layers: Sequence[str]) -> None:
-    """One row a group, one column a layer, and a mark where the group has a member."""
-    for row, group in enumerate(groups):
-        columns = [layers.index(_layer(member)) for member in group.members]
-        color, marker = _HARD if group.hard else _LOOSE
-        axes.plot(columns, [row] * len(columns), color=color, linestyle="-" if group.hard else ":", zorder=1)
-        for member, column in zip(group.members, columns, strict=True):
-            edge, shape = _ANCHOR if member.anchor else (color, marker)
+def _draw_grid(axes: Any, rows: Sequence[_Row], layers: Sequence[str], more: int) -> None:
+    """One row a tie, one column a layer, and a mark where the tie has the layer."""
+    used = set()
+    for place, row in enumerate(rows):
+        columns = [layers.index(layer) for layer in row.layers]
+        color, marker = _HARD if row.hard else _LOOSE
+        axes.plot(columns, [place] * len(columns), color=color, linestyle="-" if row.hard else ":", zorder=1)
+        for anchor, column in zip(row.anchors, columns, strict=True):
+            edge, shape = _ANCHOR if anchor else (color, marker)
+            kind = "does not move" if anchor else _KINDS[row.hard]
             axes.scatter(
-                column, row, 60, color=edge if group.hard else "white", edgecolors=edge, marker=shape, zorder=2
+                column,
+                place,
+                60 if len(layers) <= _COLUMNS else 12,
+                color=edge if row.hard else "white",
+                edgecolors=edge,
+                marker=shape,
+                zorder=2,
+                label=None if kind in used else kind,
             )
-    names = [f"{_short(group.name)}   {_short(group.describe())}" for group in groups]
-    axes.set_yticks(range(len(groups)), names)
-    axes.set_xticks(range(len(layers)), [_short(layer) for layer in layers], rotation=90)
+            used.add(kind)
+    axes.set_yticks(range(len(rows)), [f"{_short(row.name)}   {_short(row.rules)}" for row in rows])
+    step = math.ceil(len(layers) / _COLUMNS)
+    axes.set_xticks(range(0, len(layers), step), [_short(layer) for layer in layers[::step]], rotation=90)
     axes.set_xlim(-0.6, len(layers) - 0.4)
-    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    axes.set_title(
-        "Groups over layers. Filled: bitwise equal. Open: pulled together. Square: does not move.", fontsize=9
+    axes.tick_params(length=0, labelsize=8)
+    axes.set_title(f"What is tied, by layer{f'; {more} more ties are not shown' if more else ''}", fontsize=9)
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
 
 
-def _draw_maps(figure: Any, groups: Sequence[TiedGroup], cells: Any) -> None:
-    """For each group, the distance of every member from every other."""
-    with bar("Comparing the members", sum(len(group.members) for group in groups)) as step:
-        distances = [_distances(group, step) for group in groups]
-    finite = [values[np.isfinite(values)].max(initial=0.0) for values in distances]
-    top = max(finite) or 1.0
+def _draw_maps(figure: Any, rows: Sequence[_Row], cells: Any) -> None:
+    """For each tie whose members are apart, the distance of every member from every other."""
+    with bar("Comparing the members", sum(len(g.members) for row in rows for g in row.groups)) as step:
+        distances = [_farthest([_distances(group, step) for group in row.groups]) for row in rows]
+    top = max(values[np.isfinite(values)].max(initial=0.0) for values in distances) or 1.0
     image = None
     for index, axes in enumerate(cells.flat):
-        if index >= len(groups):
+        if index >= len(rows):
             axes.set_axis_off()
             continue
-        group, values = groups[index], distances[index]
+        row, values = rows[index], distances[index]
         image = axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=0.0, vmax=top)
-        names = [_short(_layer(member)) for member in group.members]
+        names = [_short(layer, 24) for layer in row.layers]
         places = range(len(names)) if len(names) <= _NAMED else range(0, len(names), math.ceil(len(names) / _NAMED))
         axes.set_xticks(places, [names[place] for place in places], rotation=90, fontsize=6)
         axes.set_yticks(places, [names[place] for place in places], fontsize=6)
-        axes.set_title(f"{_short(group.name)}: spread {group.spread():.3g}", fontsize=9)
+        axes.set_title(f"{_short(row.name, 24)}: spread {row.spread:.3g}", fontsize=9)
         if len(names) <= _NUMBERED:
             for i, j in np.ndindex(values.shape):
                 color = "black" if values[i, j] > 0.55 * top else "white"
                 axes.text(j, i, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, ax=cells, shrink=0.8, label="distance: largest entry of |difference|")
+
+
+def _farthest(distances: Sequence[np.ndarray]) -> np.ndarray:
+    """The largest distance of each pair over the groups of a tie, NaN where one is."""
+    return np.max(np.stack(distances), axis=0)
 
 
 def _distances(group: TiedGroup, step: Callable[[], None]) -> np.ndarray:

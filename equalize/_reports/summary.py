@@ -2,7 +2,9 @@
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import rich.box
 import rich.console
@@ -18,24 +20,30 @@ _LOG_WIDTH = 80
 
 _TITLES = ("Group", "Rule", "Members", "Stored", "Free", "Spread")
 _TEXTS = 3  # the first of them are text, and the others numbers
-_NARROW = {"Group": 14, "Rule": 19}  # where there is little room it goes to the paths of members
+_NARROW = (14, 19)  # where there is little room it goes to the paths of members
+_BETWEEN = 3  # columns
 
 
 def print_summary(
-    groups: Sequence[TiedGroup], findings: int = 0, print_fn: Callable[[str], object] | None = None
+    groups: Sequence[TiedGroup],
+    findings: int = 0,
+    print_fn: Callable[[str], object] | None = None,
+    *,
+    expand: bool = False,
 ) -> None:
-    """Prints one row a group, and the totals.
+    """Prints one row a group, or a tie of layers, and the totals.
 
     Args:
         groups: The groups of a registry.
         findings: How many findings `GroupRegistry.diagnose` has.
+        expand: Whether each group of a tie of layers has a row of its own.
         print_fn: Called with the text, free of escape codes and at most 80 columns wide; None prints to the terminal,
             as `model.summary()` does.
     """
     plain = print_fn is not None
 
     def render(console: rich.console.Console) -> None:
-        console.print(*summary_parts(groups, findings, console.width, plain=plain), sep="\n")
+        console.print(*summary_parts(groups, findings, console.width, plain=plain, expand=expand), sep="\n")
 
     _print(render, print_fn)
 
@@ -71,16 +79,54 @@ def _short(number: float) -> str:
 
 
 def summary_parts(
-    groups: Sequence[TiedGroup], findings: int, width: int, *, plain: bool = False
+    groups: Sequence[TiedGroup], findings: int, width: int, *, plain: bool = False, expand: bool = False
 ) -> list[rich.console.RenderableType]:
     """The table of the groups and the lines below it, for a console of rich that has this width."""
+    rows = _rows(groups, expand)
     table = rich.table.Table(show_lines=True, box=_box(plain=plain), show_edge=False, pad_edge=False)
     for place, title in enumerate(_TITLES):
-        most = _NARROW.get(title) if width <= _LOG_WIDTH + 20 else None
-        table.add_column(title, justify="left" if place < _TEXTS else "right", overflow="fold", max_width=most)
-    for group in groups:
-        table.add_row(*map(rich.markup.escape, _cells(group)))
+        table.add_column(title, justify="left" if place < _TEXTS else "right", overflow="fold")
+    for row in zip(
+        *_fitted([[title, *cells] for title, *cells in zip(_TITLES, *rows, strict=True)], width), strict=True
+    ):
+        table.add_row(*(rich.markup.escape(cell.replace("×", "x") if plain else cell) for cell in row))
     return [table, *(rich.markup.escape(line) for line in _closing(groups, findings))]
+
+
+def _fitted(columns: list[list[str]], width: int) -> list[list[str]]:
+    """The cells below the titles, column by column, those of text wrapped where there is too little room for all."""
+    room = width - _BETWEEN * (len(columns) - 1) - sum(_longest(column) for column in columns[_TEXTS:])
+    if sum(_longest(column) for column in columns[:_TEXTS]) > room:
+        for place, most in enumerate(_NARROW):
+            columns[place] = [_wrapped(cell, most) for cell in columns[place]]
+            room -= _longest(columns[place])
+        columns[_TEXTS - 1] = [_wrapped(cell, max(room, 10)) for cell in columns[_TEXTS - 1]]
+    return [cells for _, *cells in columns]
+
+
+def _longest(cells: Sequence[str]) -> int:
+    return max(len(line) for cell in cells for line in cell.split("\n"))
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines of at most a width: whole words, else whole parts of a path or an expression, else parts of names."""
+    lines = []
+    for line in text.split("\n"):
+        wrapped = [""]
+        for word in re.findall(r"\([\d, ]*\) ?|\S+ ?", line):
+            for piece in _pieces(word, width, [r"[^/(]*[/(]|[^/(]+", r"[^_.]*[_.]|[^_.]+", f".{{1,{width}}}"]):
+                if wrapped[-1] and len((wrapped[-1] + piece).rstrip()) > width:
+                    wrapped.append("")
+                wrapped[-1] += piece
+        lines += [each.rstrip() for each in wrapped]
+    return "\n".join(lines)
+
+
+def _pieces(word: str, width: int, finer: Sequence[str]) -> list[str]:
+    """A word, or its parts as the first pattern that makes them short enough finds them."""
+    if len(word.rstrip()) <= width or not finer:
+        return [word]
+    return [piece for part in re.findall(finer[0], word) for piece in _pieces(part, width, finer[1:])]
 
 
 def summary_html(groups: Sequence[TiedGroup], findings: int) -> str:
@@ -94,7 +140,7 @@ def summary_html(groups: Sequence[TiedGroup], findings: int) -> str:
             for side, cell in zip(sides, written, strict=True)
         )
 
-    body = "".join(f"<tr>{row('td', _cells(group))}</tr>" for group in groups)
+    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in _rows(groups, expand=False))
     closing = "<br>".join(html.escape(line) for line in _closing(groups, findings))
     return f"<table><thead><tr>{row('th', _TITLES)}</tr></thead><tbody>{body}</tbody></table><p>{closing}</p>"
 
@@ -111,6 +157,7 @@ def weights_free(groups: Sequence[TiedGroup]) -> int:
     A hard group has those of its common value, or none where an anchor holds it, and what views leave free. What
     does not train has none.
     """
+    groups = [group for group in groups if not group.of_statistics]
     tied = {id(m.variable) for group in groups if group.hard for m in group.members}
     loose = {
         id(m.variable): m.variable
@@ -146,13 +193,36 @@ def _box(*, plain: bool) -> rich.box.Box:
     return rich.box.ASCII if plain else rich.box.HEAVY_HEAD
 
 
+def _rows(groups: Sequence[TiedGroup], expand: bool) -> list[tuple[str, ...]]:
+    """The cells of each row: of a group, or of all groups of a tie of layers."""
+    ties: dict[Any, list[TiedGroup]] = {}
+    for group in groups:
+        ties.setdefault(group if expand or group.tie is None else group.tie, []).append(group)
+    return [_cells(tie[0]) if len(tie) == 1 else _cells_of_tie(tie) for tie in ties.values()]
+
+
+def _cells_of_tie(groups: Sequence[TiedGroup]) -> tuple[str, ...]:
+    """How many weights of how many layers are tied, in place of all paths."""
+    weights = [group for group in groups if not group.of_statistics]
+    count = counted(len(weights), "weight")
+    if len(weights) < len(groups):
+        count += f" and {counted(len(groups) - len(weights), 'statistic')}"
+    layers = max(len(group.members) for group in groups)
+    rules = "\n".join(dict.fromkeys(group.describe() for group in weights))
+    members = f"{count} × {counted(layers, 'layer')}"
+    return str(groups[0].tie), rules, members, *_numbers(groups, max(group.spread() for group in groups))
+
+
+def _numbers(groups: Sequence[TiedGroup], spread: float) -> tuple[str, str, str]:
+    return f"{weights_stored(groups):,}", f"{weights_free(groups):,}", f"{spread:.3g}"
+
+
 def _cells(group: TiedGroup) -> tuple[str, ...]:
     members = "\n".join(
         f"{m.path} {tuple(m.variable.shape)}{f' as {m.view!r}' if m.view else ''}{' (anchor)' if m.anchor else ''}"
         for m in group.members
     )
-    stored, free = weights_stored([group]), weights_free([group])
-    return group.name, group.describe(), members, f"{stored:,}", f"{free:,}", f"{group.spread():.3g}"
+    return group.name, group.describe(), members, *_numbers([group], group.spread())
 
 
 def _closing(groups: Sequence[TiedGroup], findings: int) -> list[str]:

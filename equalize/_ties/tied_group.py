@@ -26,7 +26,8 @@ class TiedGroup(Group):
 
     Attributes:
         declared: Whether layers carry the rule in their configs, so that `link` finds it again in a copy of the model.
-        statistics_of: For moving statistics, the name of the tie that they belong to.
+        tie: The name of the tie of layers that made the group, with others; None where it was tied alone.
+        of_statistics: Whether the members are moving statistics, which no optimizer trains.
         statistics: The groups of moving statistics that are kept equal with this group.
     """
 
@@ -38,11 +39,13 @@ class TiedGroup(Group):
         *,
         inner: Any = None,
         declared: bool = False,
-        statistics_of: str | None = None,
+        tie: str | None = None,
+        of_statistics: bool = False,
     ):
         self.name = name
         self.declared = declared
-        self.statistics_of = statistics_of
+        self.tie = tie
+        self.of_statistics = of_statistics
         self.statistics: list[TiedGroup] = []
         self._unchanged: Callable[[], bool] | None = None  # since statistics were made equal
         self._held: list[int] = []  # the anchors that the others keep alive, by their ids

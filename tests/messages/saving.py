@@ -203,7 +203,21 @@ def names_in_a_config_that_are_none():
     registry = equalize.GroupRegistry()
     registry.tie("norms", norms()[1], Equal(), statistics=True)
     config = json.loads(json.dumps(registry.get_config()))
-    equalize.GroupRegistry.from_config({"groups": [config["groups"][-1] | {"statistics_of": 3}]})
+    equalize.GroupRegistry.from_config({"groups": [config["groups"][-1] | {"tie": 3}]})
+
+
+@message(
+    """
+    This is not the config of a registry: expected moving statistics of a tie in
+    'norms/moving_variance'; received True of type <class 'bool'>. Use what `registry.get_config()`
+    returned, unchanged.
+    """
+)
+def statistics_in_a_config_that_belong_to_nothing():
+    registry = equalize.GroupRegistry()
+    registry.tie("norms", norms()[1], Equal(), statistics=True)
+    entry = json.loads(json.dumps(registry.get_config()))["groups"][-1]
+    equalize.GroupRegistry.from_config({"groups": [{k: v for k, v in entry.items() if k != "tie"}]})
 
 
 @message(
