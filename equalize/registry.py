@@ -27,6 +27,7 @@ from equalize._ties.rules import Rule
 from equalize._ties.tied_group import TiedGroup
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, TieBrokenError
+from equalize.sharing import replacement_of
 
 __all__ = ["Advice", "Finding", "GroupRegistry"]
 
@@ -248,6 +249,44 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             del self._groups[group.name]
         self._keep_statistics()
         retrace(_variables(groups))
+
+    def share(self, *names: str) -> list[keras.Variable]:
+        """Makes the members of hard groups one variable, so that what is exported holds it once; dissolves the groups.
+
+        As `equalize.share` for groups that are equal: the first member takes the place of the others in their layers.
+        Compile before you train on, since an optimizer knows the variables of before. `model.export` and what reads
+        its files then store each weight once. Moving statistics that are tied are shared, too.
+
+        Args:
+            *names: Names of groups, or of ties of layers; all hard groups where none is named.
+
+        Returns:
+            The variable of each group.
+
+        Raises:
+            EqualizeError: There is no such group.
+            GroupMismatchError: A group is not hard; a member has a view, so that its variable holds something else, or
+                is a constant; or one variable cannot take the place of the members.
+            TieBrokenError: The members of a group are not equal.
+
+        Example:
+        >>> import keras, equalize
+        >>> layers = [keras.layers.Dense(4) for _ in range(3)]
+        >>> model = keras.Sequential([keras.Input((4,)), *layers])
+        >>> registry = equalize.GroupRegistry()
+        >>> groups = registry.tie("layers", layers, equalize.constraints.Equal())
+        >>> kernel, bias = registry.share()
+        >>> all(layer.kernel is kernel for layer in layers), model.count_params(), list(registry)
+        (True, 20, [])
+        """
+        groups = self.select(names)
+        groups = groups if names else [group for group in groups if group.hard]
+        replace = replacement_of(groups)
+        kept = [group.members[0].variable for group in groups]
+        if groups:
+            self.untie(*(group.name for group in groups))
+        replace()
+        return kept
 
     def sync(self, method: str = "first", *names: str) -> None:
         """Makes the named groups equal, soft ones too; without names, every hard group.

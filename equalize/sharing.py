@@ -1,5 +1,7 @@
 """One variable in several layers, and how two variables are related."""
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -7,9 +9,10 @@ import keras
 from equalize import _backend as backend
 from equalize._backend import attributes, keras_private, living
 from equalize._inputs.arguments import received
-from equalize._linking import pairing
+from equalize._linking import pairing, validation
 from equalize._ties import effects
-from equalize._ties.bound import rule_of, ties_on
+from equalize._ties.bound import group_of, rule_of, ties_on, without
+from equalize._ties.tied_group import TiedGroup
 from equalize.errors import GroupMismatchError
 
 
@@ -54,7 +57,7 @@ def share(*variables_or_layers: Any) -> Any:
         raise GroupMismatchError(f"`share` needs at least two variables or layers. Received: {len(given)}.")
     if all(isinstance(item, keras.Layer) for item in given):
         groups = list(pairing.paired_weights("Cannot share the weights of layers", given).values())
-        _share(groups)
+        _replacement([(variables, None) for variables in groups])()
         return [variables[0] for variables in groups]
     for item in given:
         if not backend.is_variable(item):
@@ -62,7 +65,7 @@ def share(*variables_or_layers: Any) -> Any:
                 "`share` expects `keras.Variable`s (for instance `layer.kernel`), or layers, and not both. "
                 f"Received: {received(item)}."
             )
-    _share([given])
+    _replacement([(given, None)])()
     return given[0]
 
 
@@ -119,12 +122,46 @@ def _relation(a: keras.Variable, b: keras.Variable) -> str:
     return "equal" if one.tobytes() == two.tobytes() else "different"
 
 
-def _share(groups: list[list[keras.Variable]]) -> None:
-    """Replaces all but the first variable of each group. Everything is checked before anything changes."""
-    for kept, *others in groups:
+def replacement_of(groups: Sequence[TiedGroup]) -> Callable[[], None]:
+    """Prepares one variable in the place of the members of each group, for when the groups are dissolved.
+
+    Returns:
+        A function that replaces all but the first member of each group. Everything is checked before.
+
+    Raises:
+        GroupMismatchError: A group is not hard, its members do not show the common value as it is, or one variable
+            cannot stand for all of them.
+        TieBrokenError: The members of a group are not equal.
+    """
+    for group in groups:
+        if not group.hard:
+            raise GroupMismatchError(
+                f"Cannot share group '{group.name}': its rule {group.describe()} does not keep its members equal. "
+                f"Expected: a hard group. Call `registry.replace({group.name!r}, equalize.constraints.Equal())` first."
+            )
+        apart = [member for member in group.members if member.view is not None or member.constant]
+        if apart:
+            raise GroupMismatchError(
+                f"Cannot share group '{group.name}': {apart[0]} does not show the common value as a variable of its "
+                f"own that is equal to the others, so one variable cannot stand for all. Expected: members without "
+                "views, and no constants. Share the others by name; what has a view stays a variable, and takes its "
+                f"{math.prod(apart[0].variable.shape):,} numbers in every file."
+            )
+        validation.require_equal(group)
+    return _replacement([([member.variable for member in group.members], group) for group in groups])
+
+
+def _replacement(shared: Sequence[tuple[list[keras.Variable], TiedGroup | None]]) -> Callable[[], None]:
+    """A function that puts the first of some variables in the place of the others; everything is checked before.
+
+    Args:
+        shared: Variables, with the group that they are the members of until then.
+    """
+    groups = [variables for variables, _ in shared]
+    for (kept, *others), group in shared:
         for old in others:
             if old is not kept:
-                _require_alike(kept, old)
+                _require_alike(kept, old, group)
     layers = living.objects_of(keras.Layer)
     replacements = []
     replaced = {id(old) for kept, *others in groups for old in others if old is not kept}
@@ -147,17 +184,22 @@ def _share(groups: list[list[keras.Variable]]) -> None:
             for owner in owners:
                 _require_replaceable(owner, kept, old, others)
             replacements.append((old, kept, owners))
-    for old, kept, owners in replacements:
-        for owner in owners:
-            _replace(owner, old, kept)
-        for layer in layers:
-            backend.replace_parameter(layer, old, kept)
-    living.retrace(kept for kept, *_ in groups)
+
+    def replace() -> None:
+        for old, kept, owners in replacements:
+            for owner in owners:
+                _replace(owner, old, kept)
+            for layer in layers:
+                backend.replace_parameter(layer, old, kept)
+        living.retrace(kept for kept, *_ in groups)
+
+    return replace
 
 
-def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
+def _require_alike(kept: keras.Variable, old: keras.Variable, group: TiedGroup | None) -> None:
+    """Raises unless one variable can stand for two, when they have left their group."""
     for variable in (kept, old):
-        tie = next(ties_on(variable), None)
+        tie = next((tie for tie in ties_on(variable) if group is None or group_of(tie) is not group), None)
         if tie is not None:
             rule = rule_of(tie)
             raise GroupMismatchError(
@@ -173,7 +215,7 @@ def _require_alike(kept: keras.Variable, old: keras.Variable) -> None:
             raise _misfit(kept, old, what, expected, found)
     values = [backend.array(kept.value), backend.array(old.value)]
     for what in ("constraint", "regularizer"):
-        expected, found = getattr(kept, what), getattr(old, what)
+        expected, found = (without(getattr(variable, what), group) for variable in (kept, old))
         if not effects.same(effects.Effect(expected), effects.Effect(found), values):
             raise _misfit(kept, old, what, effects.described(expected), effects.described(found))
 

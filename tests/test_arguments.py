@@ -293,6 +293,7 @@ CALLS = {
         lambda w: {"name": "new", "members": [w.layers["e"], w.layers["f"]], "rule": Equal(), "statistics": True},
     ),
     "GroupRegistry.count_params": (of(lambda w: w.registry.count_params), lambda w: {"model": w.model}),
+    "GroupRegistry.share": (unpacked(lambda w: w.registry.share), lambda w: {"arguments": ["hard"]}),
     "GroupRegistry.untie": (unpacked(lambda w: w.registry.untie), lambda w: {"arguments": ["hard"]}),
     "GroupRegistry.sync": (unpacked(lambda w: w.registry.sync), lambda w: {"arguments": ["mean", "hard"]}),
     "GroupRegistry.penalty": (unpacked(lambda w: w.registry.penalty), lambda w: {"arguments": ["soft"]}),

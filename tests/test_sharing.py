@@ -8,7 +8,7 @@ from keras import ops
 import equalize
 from equalize import relation, share
 from equalize.constraints import Equal
-from equalize.errors import GroupMismatchError, NotLinkedError
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.regularizers import MeanL2
 from tests.conftest import BACKEND, MODES, QUICK, bits, data, fit, kernels, towers
 
@@ -286,3 +286,111 @@ def test_relation_refuses_other_things():
             relation(*pair)
     with pytest.raises(GroupMismatchError, match="Cannot compare layers: their structures differ"):
         relation(layer, built(keras.layers.Dense(3, use_bias=False), 5))
+
+
+# ---- a registry's hard groups as shared variables
+
+
+def tied_layers(count=3, *, statistics=False):
+    def block(i):
+        norms = [keras.layers.BatchNormalization()] if statistics else []
+        return keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="dense"), *norms], name=f"block_{i}")
+
+    blocks = [block(i) for i in range(count)]
+    model = keras.Sequential([keras.Input((6,)), *blocks])
+    registry = equalize.GroupRegistry()
+    registry.tie("blocks", blocks, Equal(), statistics=statistics)
+    return model, registry, blocks
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_registry_shares_its_hard_groups_and_the_model_computes_what_it_did(statistics):
+    model, registry, blocks = tied_layers(statistics=statistics)
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    model.fit(x, x, verbose=0)
+    before, names = model.predict(x, verbose=0), list(registry)
+    kept = registry.share("blocks")
+    assert len(kept) == len(names) == (6 if statistics else 2)
+    assert list(registry) == []
+    assert set(equalize.relation(blocks[0], blocks[2]).values()) == {"same"}
+    assert model.count_params() == blocks[0].count_params()
+    assert np.array_equal(model.predict(x, verbose=0), before)
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0)
+    assert set(equalize.relation(blocks[0], blocks[1]).values()) == {"same"}
+    if not statistics:
+        assert not any(variable.constraint for variable in model.trainable_variables)
+
+
+def test_rules_that_layers_declare_and_what_is_inside_end_or_stay():
+    def layer():
+        return keras.layers.Dense(6, kernel_constraint=Equal("k", inner="non_neg"), kernel_regularizer="l2")
+
+    layers = [layer(), layer()]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    registry = equalize.GroupRegistry().link(model)
+    registry.share()
+    assert layers[0].kernel is layers[1].kernel
+    assert isinstance(layers[0].kernel.constraint, keras.constraints.NonNeg)
+    assert isinstance(layers[0].kernel.regularizer, keras.regularizers.L2)
+    assert len(model.losses) == 1
+    assert "equalize" not in model.to_json()
+
+
+def test_groups_that_cannot_be_shared_are_refused_and_nothing_changes():
+    model, registry, blocks = tied_layers()
+    kernels = [block.layers[0].kernel for block in blocks]
+    one, other, third = (keras.layers.Dense(6, name=name) for name in ("one", "other", "third"))
+    beside = keras.Sequential([keras.Input((6,)), one, other, third])
+    registry.tie("soft", [one.kernel, other.kernel], MeanL2(factor=0.1))
+    registry.tie("turned", [one.kernel, (third.kernel, equalize.views.Transpose())], Equal())
+    registry.tie("held", [one.bias, np.zeros(6, "float32")], Equal())
+    names = list(registry)
+    for name, error, message in (
+        ("soft", GroupMismatchError, "does not keep its members equal"),
+        ("turned", GroupMismatchError, "does not show the common value as a variable of its own"),
+        ("held", GroupMismatchError, "no constants"),
+        ("nowhere", EqualizeError, "There is no group"),
+    ):
+        with pytest.raises(error, match=message):
+            registry.share("blocks", name)
+    kernels[1].assign(np.ones((6, 6), "float32"))
+    with pytest.raises(TieBrokenError, match="are not equal"):
+        registry.share("blocks")
+    registry.sync()
+    registry.tie("pulled", kernels[:2], MeanL2(factor=0.1))
+    with pytest.raises(GroupMismatchError, match="it has the rule MeanL2"):
+        registry.share("blocks")
+    assert list(registry) == [*names, "pulled"]
+    assert len({id(kernel) for kernel in kernels}) == 3
+    assert registry["blocks/dense/kernel"].hard
+    assert (model.built, beside.built) == (True, True)
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="what TensorFlow exports")
+def test_what_is_exported_holds_shared_weights_once(tmp_path):
+    width = 256
+
+    def saved(name, layers):
+        x = entrance = keras.Input((width,))
+        for layer in layers:
+            x = layer(x)
+        model, registry = keras.Model(entrance, x), equalize.GroupRegistry()
+        if len(set(layers)) > 1:
+            registry.tie("layers", layers, Equal())
+        if name == "shared":
+            registry.share()
+        model.export(tmp_path / name, verbose=False)
+        return size_of(tmp_path / name)
+
+    one = keras.layers.Dense(width, name="one")
+    sizes = {name: saved(name, [keras.layers.Dense(width) for _ in range(6)]) for name in ("tied", "shared")}
+    sizes["one"] = saved("one", [one] * 6)
+    assert sizes["shared"] <= 1.02 * sizes["one"]
+    assert sizes["tied"] > 3 * sizes["one"]

@@ -115,6 +115,8 @@ def keep(model: keras.Model, registry: equalize.GroupRegistry) -> tuple[int, int
     save_model(model, "model.keras", registry)
     save_weights(model, "model.weights.h5")
     loaded, ties = load_model("model.keras", compile=False)
-    print(loaded, list(ties))
+    shared: list[keras.Variable] = ties.share()
+    stored, free = registry.count_params(model)
+    print(loaded, list(ties), shared, free / stored)
     before, after = deduplicate("model.keras")
     return before, after

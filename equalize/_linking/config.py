@@ -85,8 +85,6 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
         seen.add(entry["name"])
         try:
             discovery.require_rule(entry["name"], rule_of(entry))
-            if "statistics" in entry and not rule_of(entry).hard:
-                raise _damaged(f"a hard tie of the moving statistics '{entry['name']}'", entry["rule"])
             for member in entry["members"]:
                 _weight_of(member)
                 rules.checked_view(member["view"])
@@ -94,6 +92,8 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
                     _array_of(member["constant"])
         except (EqualizeError, TypeError) as error:
             raise EqualizeError(f"The config of group '{entry['name']}' is damaged. {error} {_UNCHANGED}") from error
+        if "statistics" in entry and not rule_of(entry).hard:
+            raise _damaged(f"a hard tie of the moving statistics '{entry['name']}'", entry["rule"])
     return copy.deepcopy(config["groups"])
 
 

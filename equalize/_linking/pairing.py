@@ -20,7 +20,9 @@ def made_trainable(layer: keras.Layer) -> list[Any]:
 
 
 def statistics(layer: keras.Layer) -> list[Any]:
-    """What a layer updates by itself while it is trained, the moving statistics of a `BatchNormalization`."""
+    """What a layer updates by itself while it is trained, as the moving statistics of a `BatchNormalization`."""
+    if getattr(layer, "quantization_mode", None) is not None:
+        return []  # the scales of integers
     others = keras_private.own_variables(layer)[1]
     return [variable for variable in others if keras.backend.is_float_dtype(backend.dtype(variable))]
 

@@ -141,14 +141,19 @@ def _unequal(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
 
 
 def _lost(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
-    """Variables that layers no longer have. The group continues without them."""
+    """Variables that layers no longer have. The group continues without them, or with what nobody uses."""
+    held = {id(variable) for layer in living.objects_of(keras.Layer) for variable in pairing.every_weight(layer)}
     for group in groups:
-        if group.lost:
-            listed = ", ".join(f"'{path}'" for path in group.lost)
+        # An optimizer may keep a variable alive. One that never was a layer's has a path of one part.
+        left = [m.path for m in group.members if "/" in m.path and not m.constant and id(m.variable) not in held]
+        lost = [*group.lost, *left]
+        if lost:
+            listed = ", ".join(f"'{path}'" for path in lost)
             yield Finding(
                 "lost",
                 group.name,
-                f"the group has lost {listed}, and ties {counted(len(group.members), 'member')} now.",
+                f"layers have lost {listed}, and the group ties {counted(len(group.members) - len(left), 'weight')} "
+                "that they have.",
                 "Rebuilding a layer and quantization make new variables: tie those with `registry.tie`. If a model "
                 "was deleted, there is nothing to do.",
             )
@@ -228,13 +233,17 @@ def _is(rule: Rule, kind: type, name: str | None) -> bool:
 
 def _under_lora(layer: keras.Layer) -> Iterator[Finding]:
     """Keras 3.15 freezes a kernel under LoRA and hands its regularizer to the two factors of what is added to it."""
+    factors = [weight for weight in layer.trainable_weights if weight.name.startswith("lora_")]
+    if all(next(ties_on(factor), None) is not None and factor.constraint is not None for factor in factors):
+        return
     for rule in (rule_of(tie) for weight in layer.weights for tie in ties_on(weight)):
         yield Finding(
             "lora",
             layer.name,
             f"LoRA has frozen a kernel of group '{rule.group}' and trains an addition to it, which is not tied.",
-            "Leave tied layers out of LoRA; or give no rule to the layers, tie their kernels with `registry.tie`, and "
-            "tie the `lora_kernel_a` and the `lora_kernel_b` of all members, too.",
+            "Leave tied layers out of LoRA; or enable it in all layers of the group, with one rank, and tie the "
+            "factors by `registry.tie('a', [layer.lora_kernel_a for layer in layers], equalize.constraints.Equal())` "
+            "and so on. A tie of layers that is made after LoRA is enabled has the factors.",
         )
 
 

@@ -229,3 +229,18 @@ def statistics_in_a_config_that_belong_to_nothing():
 )
 def a_tie_of_layers_without_their_statistics():
     equalize.GroupRegistry().tie("norms", norms()[1], Equal())
+
+
+@message(
+    """
+    This is not the config of a registry: expected a hard tie of the moving statistics
+    'norms/moving_variance'; received {'module': 'equalize.constraints', 'class_name': 'Equal',
+    'config': {'rate': 0.5}, 'registered_name': 'equalize>Equal'} of type <class 'dict'>. Use what
+    `registry.get_config()` returned, unchanged.
+    """
+)
+def statistics_in_a_config_with_a_soft_rule():
+    registry = equalize.GroupRegistry()
+    registry.tie("norms", norms()[1], Equal(), statistics=True)
+    entry = json.loads(json.dumps(registry.get_config()))["groups"][-1]
+    equalize.GroupRegistry.from_config({"groups": [entry | {"rule": entry["rule"] | {"config": {"rate": 0.5}}}]})

@@ -116,3 +116,30 @@ def sharing_with_a_layer_that_hides_its_weight():
 )
 def relation_of_other_things():
     equalize.relation("left", "right")
+
+
+@message(
+    """
+    Cannot share group 'pair': its rule MeanL2(factor=0.1) does not keep its members equal. Expected: a
+    hard group. Call `registry.replace('pair', equalize.constraints.Equal())` first.
+    """
+)
+def sharing_of_a_soft_group():
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", list(kernels("left", "right")), equalize.regularizers.MeanL2(factor=0.1))
+    registry.share("pair")
+
+
+@message(
+    """
+    Cannot share group 'pair': 'right/kernel' (3, 4) float32 as Transpose(axes=None) does not show the
+    common value as a variable of its own that is equal to the others, so one variable cannot stand for
+    all. Expected: members without views, and no constants. Share the others by name; what has a view
+    stays a variable, and takes its 12 numbers in every file.
+    """
+)
+def sharing_of_a_transposed_pair():
+    left, right = dense("left")[0], dense("right", units=4, inputs=3)[0]
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [left.kernel, (right.kernel, equalize.views.Transpose())], equalize.constraints.Equal())
+    registry.share("pair")
