@@ -45,7 +45,7 @@ def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: G
         registry: The registry whose ties to save; by default all ties of the model's weights.
 
     Raises:
-        EqualizeError: The name does not end in `.keras`, or a tie has members outside the model.
+        EqualizeError: The name does not end in `.keras`, the model is not built, or a tie has members outside it.
         TypeError: An argument is of the wrong type.
 
     Example:
@@ -65,7 +65,7 @@ def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: G
     >>> folder.cleanup()
     """
     target = _target(filepath, ".keras")
-    ties = _ties_of(arguments.model("model", model), None if registry is None else checked_registry(registry))
+    ties = _ties_of(_built(model), None if registry is None else checked_registry(registry))
     with _beside(target) as folder, zipfile.ZipFile(folder / target.name, "w") as archive:
         if ties:
             archive.writestr(_TIES, json.dumps({"registry": {"groups": ties}}))
@@ -130,7 +130,7 @@ def save_weights(model: keras.Model, filepath: str | os.PathLike[str]) -> None:
         filepath: Where to save them, ending in `.weights.h5`, on a local disk. A file that is there is replaced.
 
     Raises:
-        EqualizeError: The name does not end in `.weights.h5`.
+        EqualizeError: The name does not end in `.weights.h5`, or the model is not built.
         TypeError: An argument is of the wrong type.
 
     Example:
@@ -141,7 +141,7 @@ def save_weights(model: keras.Model, filepath: str | os.PathLike[str]) -> None:
     ...     model.load_weights(f"{folder}/model.weights.h5")
     """
     target = _target(filepath, ".weights.h5")
-    arguments.model("model", model)
+    _built(model)
     with _beside(target) as folder, hdf5.writing(folder / target.name) as file:
         keras_private.write_weights(model, file)
 
@@ -212,14 +212,25 @@ def _beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _built(model: Any) -> keras.Model:
+    if not arguments.model("model", model).built:
+        raise EqualizeError(
+            f"The model '{model.name}' has no weights to save, since it is not built. Expected: a built model. Build "
+            "it, or call it once on data, before."
+        )
+    return model
+
+
 def _ties_of(model: keras.Model, registry: GroupRegistry | None) -> list[dict[str, Any]]:
     """The ties of a model that no layer declares, as data."""
+    weights = {id(weight) for weight in model.weights}
     if registry is None:
         tied = [group_of(tie) for weight in model.weights for tie in ties_on(weight)]
-        groups = dict.fromkeys(group for group in tied if group is not None and not group.declared)
-        return group_configs([*groups, *dict.fromkeys(each for group in groups for each in group.statistics)])
-    weights = {id(weight) for weight in model.weights}
-    for group in registry.values():
+        groups = [group for group in dict.fromkeys(tied) if group is not None]
+        groups += dict.fromkeys(statistics for group in groups for statistics in group.statistics)
+    else:
+        groups = list(registry.values())
+    for group in groups:
         outside = [m for m in group.members if not m.constant and id(m.variable) not in weights]
         if outside:
             raise EqualizeError(
@@ -227,7 +238,9 @@ def _ties_of(model: keras.Model, registry: GroupRegistry | None) -> list[dict[st
                 "weights. Expected: a model that has all members. Save one model that holds both parts, or "
                 f"`untie({group.name!r})` first."
             )
-    return registry.get_config()["groups"]
+    if registry is not None:
+        return registry.get_config()["groups"]
+    return group_configs([group for group in groups if not group.declared])
 
 
 def _read_ties(file: str) -> dict[str, Any]:

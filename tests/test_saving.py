@@ -409,6 +409,8 @@ def test_arguments_are_checked_before_anything_is_written(tmp_path):
         (lambda: save_model("model", tmp_path / "model.keras"), TypeError, "Keras model"),
         (lambda: save_model(model, tmp_path / "model.keras", "registry"), TypeError, "GroupRegistry"),
         (lambda: save_model(model, tmp_path / "model.keras", registry), EqualizeError, "over both"),
+        (lambda: save_model(model, tmp_path / "model.keras"), EqualizeError, "over both"),
+        (lambda: save_weights(keras.Sequential(), tmp_path / "model.weights.h5"), EqualizeError, "not built"),
         (lambda: save_model(model, 3), TypeError, "the path"),
         (lambda: save_weights(model, tmp_path / "model.h5"), EqualizeError, r"weights\.h5"),
         (lambda: deduplicate(tmp_path), EqualizeError, "end in"),

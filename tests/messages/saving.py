@@ -244,3 +244,13 @@ def statistics_in_a_config_with_a_soft_rule():
     registry.tie("norms", norms()[1], Equal(), statistics=True)
     entry = json.loads(json.dumps(registry.get_config()))["groups"][-1]
     equalize.GroupRegistry.from_config({"groups": [entry | {"rule": entry["rule"] | {"config": {"rate": 0.5}}}]})
+
+
+@message(
+    """
+    The model 'unbuilt' has no weights to save, since it is not built. Expected: a built model. Build
+    it, or call it once on data, before.
+    """
+)
+def saving_of_a_model_that_is_not_built():
+    save_model(keras.Sequential([keras.layers.Dense(2)], name="unbuilt"), "model.keras")
