@@ -315,7 +315,7 @@ class FactorSchedule(keras.callbacks.Callback):
 
     def _groups(self) -> list[TiedGroup]:
         """The groups, each with a number to change."""
-        groups = self.registry.select(self.names)
+        groups = self.registry.select(self.names, statistics=False)
         for group in groups:
             if not isinstance(group.rule.strength, float):
                 raise EqualizeError(
@@ -331,7 +331,7 @@ class FactorSchedule(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
-            logs.update({f"factor/{group.name}": group.rule.strength for group in self.registry.select(self.names)})
+            logs.update({f"factor/{group.name}": group.rule.strength for group in self._groups()})
 
 
 class TiedCheckpoint(keras.callbacks.ModelCheckpoint):

@@ -216,9 +216,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         >>> group.hard
         True
         """
-        selected = self.select([arguments.text("name", name, "the name of a group")])
-        groups = [group for group in selected if not group.of_statistics]
-        if not groups:
+        groups = self.select([arguments.text("name", name, "the name of a group")], statistics=False)
+        if any(group.of_statistics for group in groups):
             raise EqualizeError(
                 f"Group '{name}' is of moving statistics, which are kept equal and nothing else. Expected: the name of "
                 f"another group. Received: {name!r}."
@@ -312,7 +311,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             A scalar tensor, differentiable in every trainable member, in the widest of the groups' dtypes and at least
             float32. Without soft groups it is 0 in `keras.config.floatx()`.
         """
-        groups = [group for group in self.select(names) if not group.projects or names]
+        groups = [group for group in self.select(names, statistics=False) if not group.projects or names]
         for group in groups:
             if group.projects:
                 raise EqualizeError(
@@ -338,8 +337,12 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             if group.projects:
                 group.project()
 
-    def select(self, names: Sequence[str]) -> list[TiedGroup]:
+    def select(self, names: Sequence[str], *, statistics: bool = True) -> list[TiedGroup]:
         """The groups of these names, or those of a tie of layers that has the name; all without a name.
+
+        Args:
+            names: Names of groups, or of ties of layers.
+            statistics: Whether groups of moving statistics, which keep their rule, are meant without being named.
 
         Raises:
             EqualizeError: There is no such group.
@@ -353,7 +356,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             if not below:
                 raise EqualizeError(_unknown(name, self))
             selected |= below
-        return list(selected.values())
+        return [group for group in selected.values() if statistics or not group.of_statistics or group.name in names]
 
     @property
     def pending(self) -> list[str]:
@@ -529,7 +532,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             TypeError: An argument is of the wrong type.
         """
         _require_printer(print_fn)
-        groups = self.select(arguments.names("names", names))
+        groups = self.select(arguments.names("names", names), statistics=False)
         advice = advise(groups, model, x, y, arguments.integer("batch_size", batch_size, low=1))
         summary.print_advice(advice, print_fn)
         return {each.group: each for each in advice}

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import equalize
+from equalize.callbacks import FactorSchedule, TieMonitor
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
@@ -220,6 +221,25 @@ def test_ties_of_statistics_end_with_their_tie():
         if "moving" not in name:
             registry.untie(name)
     assert list(registry) == []
+
+
+def test_what_is_done_to_a_tie_is_done_to_its_weights():
+    model, registry, _ = made(2, rule=MeanL2(factor=0.1))
+    x, y = inputs(2)
+    assert float(ops.convert_to_numpy(registry.penalty("towers"))) > 0.0
+    schedule = FactorSchedule(registry, "towers", lambda epoch: 0.1 * epoch)
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=[schedule, TieMonitor(registry)]).history
+    assert history["factor/towers/norm/gamma"] == [0.0, 0.1]
+    assert "factor/towers/norm/moving_mean" not in history
+    assert history["spread/towers/norm/moving_mean"] == [0.0, 0.0]
+    advice = registry.advise(model, x, y, print_fn=lambda text: None)
+    assert set(advice) == {name for name in registry if "moving" not in name}
+    with pytest.raises(EqualizeError, match="has no penalty"):
+        registry.penalty("towers/norm/moving_mean")
+    registry.replace("towers", Equal())
+    registry.sync("mean", "towers")
+    registry.check()
+    assert all(group.hard for group in registry.values())
 
 
 def test_without_it_a_tie_warns_and_diagnose_finds_it():
