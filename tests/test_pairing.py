@@ -42,13 +42,13 @@ def test_layers_pair_their_weights_by_their_place(kind):
     make, places = BLOCKS[kind]
     layers = [make() for _ in range(3)]
     registry = equalize.GroupRegistry()
-    groups = registry.tie("blocks", layers, Equal())
+    groups = registry.tie("blocks", layers, Equal(), statistics=True)
     assert isinstance(groups, list)
     assert {f"blocks/{place}" for place in places} <= set(registry)
-    assert len(groups) == len(layers[0].trainable_weights) == len(registry)
+    assert len(groups) == len(layers[0].weights) == len(registry)
     for group in groups:
         assert len(group.members) == 3
-    for weights in zip(*(layer.trainable_weights for layer in layers), strict=True):
+    for weights in zip(*(layer.weights for layer in layers), strict=True):
         assert bitwise_equal(*weights)
     registry.untie("blocks")
     assert not registry
