@@ -28,6 +28,7 @@ from equalize.registry import GroupRegistry, checked_registry
 __all__ = ["deduplicate", "load_model", "save_model", "save_weights"]
 
 _WEIGHTS, _TIES = "model.weights.h5", "equalize.json"
+_PIECE = 2**20  # bytes that are copied at once
 
 
 def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: GroupRegistry | None = None) -> None:
@@ -71,7 +72,7 @@ def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: G
             archive.writestr(_TIES, json.dumps({"registry": {"groups": ties}}))
         with hdf5.writing(folder / _WEIGHTS) as file:
             keras_private.write_archive(model, archive, file)
-        archive.write(folder / _WEIGHTS, _WEIGHTS)
+        _put(archive, folder / _WEIGHTS)
 
 
 def load_model(filepath: str | os.PathLike[str], **kwargs: Any) -> tuple[keras.Model, GroupRegistry]:
@@ -260,6 +261,12 @@ def _read_ties(file: str) -> dict[str, Any]:
     return found["registry"]
 
 
+def _put(archive: zipfile.ZipFile, file: Path) -> None:
+    """Adds a file to an archive; `ZipFile.write` would copy 8 kB at a time."""
+    with file.open("rb") as read, archive.open(zipfile.ZipInfo.from_file(file, file.name), "w") as written:
+        shutil.copyfileobj(read, written, _PIECE)
+
+
 def _repack(target: Path, folder: Path) -> None:
     """Writes an archive again, with its weights compact."""
     try:
@@ -267,10 +274,11 @@ def _repack(target: Path, folder: Path) -> None:
             for info in source.infolist():
                 if info.filename == _WEIGHTS:
                     source.extract(info, folder)
-                    hdf5.compact(folder / _WEIGHTS, folder / "compact.h5")
-                    archive.write(folder / "compact.h5", _WEIGHTS)
+                    os.replace(folder / _WEIGHTS, folder / "whole.h5")
+                    hdf5.compact(folder / "whole.h5", folder / _WEIGHTS)
+                    _put(archive, folder / _WEIGHTS)
                 else:
                     with source.open(info) as read, archive.open(info, "w") as written:
-                        shutil.copyfileobj(read, written)
+                        shutil.copyfileobj(read, written, _PIECE)
     except zipfile.BadZipFile as error:
         raise EqualizeError(f"'{target.name}' is damaged: {error}. Expected: a file that Keras wrote.") from error
