@@ -94,7 +94,7 @@ class Files(Task):
     size = (7.0, 3.0)
 
     def cases(self, options: Options) -> Sequence[Case]:
-        return [{"kind": kind, "width": options.choose(32, 128, 384)} for kind in KINDS]
+        return [{"kind": kind, "width": options.choose(32, 384, 384)} for kind in KINDS]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         if peaks.AVAILABLE:
