@@ -131,7 +131,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         still added.
 
         A tie made here is in no layer's config, so a copy of the model does not have it: one that is cloned, pickled,
-        or saved and loaded trains untied, and nothing can notice. Tie the copy before you train it:
+        or saved by Keras and loaded trains untied, and nothing can notice. Save with `equalize.saving.save_model`,
+        whose files have the ties; or tie the copy before you train it:
         `GroupRegistry.from_config(registry.get_config()).link(copy)`. Two kinds of ties do travel: those that layers
         declare (`kernel_constraint=Equal("towers")`), whose copies raise `NotLinkedError` until they are linked, and
         those of a `TiedOptimizer`, which is saved with the model and has its registry; its copy links itself.
