@@ -167,7 +167,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         arguments.flag("statistics", statistics)
         discovery.require_rule(name, rule)
         by_group, layers = discovery.members_of(name, members)
-        moving = discovery.statistics_of(name, members) if layers and (statistics or rule.hard) else {}
+        moving = discovery.statistics_of(name, members) if layers and statistics else {}
         if statistics and not layers:
             raise EqualizeError(
                 f"`statistics=True` needs layers, which have moving statistics. Received: variables for '{name}'. Give "
@@ -179,12 +179,12 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 member.weight = rule.weight
                 member.view = member.view or rule.view
             planned.append(planning.plan(self, group_name, group_members, rule, initial, name if layers else None))
-        for group_name, group_members in moving.items() if statistics else ():
-            planned.append(planning.plan(self, group_name, group_members, Equal(), initial, name, True))
+        for group_name, group_members in moving.items():
+            planned.append(planning.plan(self, group_name, group_members, Equal(), initial, name, of_statistics=True))
         planning.require_apart(planned)
         planning.warn_of_overwriting(planned, initial, stacklevel=3)
-        if moving and not statistics:
-            planning.warn_of_statistics(name, list(moving), stacklevel=3)
+        if layers and rule.hard and not statistics:
+            planning.warn_of_statistics(name, members, stacklevel=3)
         groups = [self._add(plan.establish(initial)) for plan in planned]
         self._keep_statistics()
         self._pending = [entry for entry in self._pending if not _within(entry["name"], name)]

@@ -261,6 +261,18 @@ def test_without_it_a_tie_warns_and_diagnose_finds_it():
     assert registry.diagnose() == []
 
 
+def test_a_tower_that_alone_has_statistics_is_tied_to_one_without():
+    normalization = keras.layers.Normalization()
+    towers = [
+        keras.Sequential([keras.Input((5,)), *before, keras.layers.Dense(3, name="dense")], name=f"tower_{i}")
+        for i, before in enumerate([[], [normalization]])
+    ]
+    registry = equalize.GroupRegistry()
+    with pytest.warns(UserWarning, match="'towers/normalization/mean' and 1 more"):
+        registry.tie("towers", towers, Equal())
+    assert list(registry) == ["towers/dense/kernel", "towers/dense/bias"]
+
+
 def test_a_layer_beside_the_tied_ones_may_have_statistics():
     normalization = keras.layers.Normalization()
     normalization.adapt(np.ones((4, 5), "float32"))

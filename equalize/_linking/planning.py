@@ -60,6 +60,7 @@ def plan(
     rule: Rule,
     initial: str,
     tie: str | None = None,
+    *,
     of_statistics: bool = False,
 ) -> Plan:
     """A group of members that a user named, beside the existing groups, alone or as a part of a tie of layers."""
@@ -139,7 +140,7 @@ def restore(
             config.rule_of(entry),
             initial,
             entry.get("tie"),
-            "statistics" in entry,
+            of_statistics="statistics" in entry,
         )
         for entry in pending
     ]
@@ -201,8 +202,11 @@ def warn_of_overwriting(plans: Sequence[Plan], initial: str, *, stacklevel: int)
         )
 
 
-def warn_of_statistics(name: str, statistics: Sequence[str], *, stacklevel: int) -> None:
-    """Warns where tied layers have moving statistics that are not tied."""
+def warn_of_statistics(name: str, layers: Sequence[Any], *, stacklevel: int) -> None:
+    """Warns where tied layers, or one of them, have moving statistics that are not tied."""
+    statistics = next((list(found) for layer in layers if (found := discovery.statistics_of(name, [layer]))), [])
+    if not statistics:
+        return
     warnings.warn(
         f"The layers of '{name}' have moving statistics that this does not tie ({statistics[0]!r}"
         f"{f' and {len(statistics) - 1} more' if statistics[1:] else ''}), so they will give different results in "
