@@ -432,13 +432,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         (330, 110)
         """
         arguments.model("model", model)
-        trainable = {id(weight): math.prod(weight.shape) for weight in model.trainable_weights}
-        free = sum(trainable.values())
-        for group in self.values() if self else ():
-            moving = [m for m in group.members if group.hard and id(m.variable) in trainable and not m.anchor]
-            chosen = 0 if any(member.anchor for member in group.members) else 1
-            free -= math.prod(moving[0].common_shape) * (len(moving) - chosen) if moving else 0
-        return sum(math.prod(weight.shape) for weight in model.weights), free
+        stored = sum(math.prod(weight.shape) for weight in model.weights)
+        return stored, summary.weights_free(list(self.values()), model.trainable_weights)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws which layers each tie has, and how far apart members are that are not equal.

@@ -113,9 +113,7 @@ def load_model(filepath: str | os.PathLike[str], **kwargs: Any) -> tuple[keras.M
         registries = [optimizer.registry for optimizer in optimizers if isinstance(optimizer, TiedOptimizer)]
         registry = registries[0] if registries else GroupRegistry()
         registry._expect(stored)
-        declared = isinstance(model, keras.Layer) and any(
-            True for weight in model.weights for tie in ties_on(weight) if group_of(tie) is None
-        )
+        declared = any(group_of(tie) is None for weight in model.weights for tie in ties_on(weight))
         if declared or registry.pending:
             registry.link(model)
     return model, registry

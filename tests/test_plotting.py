@@ -1,3 +1,5 @@
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -81,6 +83,14 @@ def test_a_picture_fits_a_page_whatever_the_number_of_groups(count, tmp_path, dr
     assert width <= 10
     assert height <= 13
     assert ("160 more ties are not shown" in " ".join(texts(drawn[0]))) == (count == 200)
+
+
+def test_the_layer_of_several_weights_is_the_innermost_that_has_them():
+    def common(*paths):
+        return plots._common_layer([types.SimpleNamespace(path=path) for path in paths])
+
+    assert common("tower/block/query/kernel", "tower/block/key/kernel") == "tower/block"
+    assert common("one/dense/kernel", "two/dense/bias") == "one/dense"  # none has both: that of the first
 
 
 def test_a_heat_map_holds_the_largest_difference_of_each_pair_of_members():

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import equalize
+from benchmarks.memory.files import model_of
 from equalize.callbacks import TiedCheckpoint
 from equalize.constraints import Equal, GroupConstraint
 from equalize.errors import EqualizeError, GroupMismatchError
@@ -443,37 +444,9 @@ def test_checkpoints_are_small_and_tied(way, tmp_path):
     assert list(load_model(tmp_path / "best.keras")[1]) == ["towers"]
 
 
-def blocks(tie):
-    """Twelve blocks of a transformer, or one that is used twelve times."""
-
-    def block(width=192, name=None):
-        tokens = keras.Input((4, width))
-        attended = keras.layers.MultiHeadAttention(4, width // 4)(tokens, tokens)
-        seen = keras.layers.LayerNormalization()(tokens + attended)
-        inside = keras.layers.Dense(width)(keras.layers.Dense(4 * width, activation="relu")(seen))
-        return keras.Model(tokens, keras.layers.LayerNormalization()(seen + inside), name=name)
-
-    one = None if tie else block(name="block")
-    several = [block(name=f"block_{i}") if one is None else one for i in range(12)]
-    x = entrance = keras.Input((4, 192))
-    for each in several:
-        x = each(x)
-    model, registry = keras.Model(entrance, x), equalize.GroupRegistry()
-    if tie:
-        registry.tie("blocks", several, Equal())
-    optimizer = keras.optimizers.Adam()
-    model.compile(TiedOptimizer(optimizer, registry) if tie else optimizer, "mse")
-    model.optimizer.build(model.trainable_variables)
-    random = np.random.default_rng(0)
-    for variable in model.optimizer.variables[2:]:  # after some steps no two are zeros
-        variable.assign(random.normal(size=variable.shape))
-    return model, registry
-
-
 @pytest.mark.slow
 def test_twelve_tied_blocks_take_the_room_of_one(tmp_path):
-    model, registry = blocks(tie=True)
-    save_model(model, tmp_path / "tied.keras", registry)
-    save_model(blocks(tie=False)[0], tmp_path / "one.keras")
+    save_model(model_of("tied", 192), tmp_path / "tied.keras")
+    save_model(model_of("again", 192), tmp_path / "one.keras")
     sizes = {name: pathlib.Path(tmp_path / f"{name}.keras").stat().st_size for name in ("tied", "one")}
     assert sizes["tied"] <= 1.05 * sizes["one"]

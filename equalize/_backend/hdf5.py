@@ -35,6 +35,8 @@ def compact(source: Path, target: Path) -> None:
     try:
         opened = h5py.File(source, "r")
     except OSError as error:
+        if error.errno is not None:  # the file may be whole, and not ours to read
+            raise
         raise EqualizeError(f"'{source.name}' is damaged: {error}. Expected: a file that Keras wrote.") from error
     with opened, writing(target) as file:
         file.copy(opened, set())

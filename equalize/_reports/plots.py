@@ -1,5 +1,6 @@
 """Pictures of ties, drawn with matplotlib, which the extra `plot` installs."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from equalize._inputs import arguments
 from equalize._reports.progress import bar
 from equalize._ties.member import Member
 from equalize._ties.spread import pulled_arrays
-from equalize._ties.tied_group import TiedGroup
+from equalize._ties.tied_group import TiedGroup, by_tie
 from equalize.errors import EqualizeError
 
 # Colors of Okabe and Ito, which people with any kind of color vision tell apart; markers differ as well.
@@ -45,18 +46,11 @@ class _Row:
         self.anchors = [all(member.anchor for member in members) for members in columns]
 
 
-def _rows(groups: Sequence[TiedGroup]) -> list[_Row]:
-    ties: dict[Any, list[TiedGroup]] = {}
-    for group in groups:
-        ties.setdefault(group if group.tie is None else group.tie, []).append(group)
-    return [_Row(tie) for tie in ties.values()]
-
-
 def _common_layer(members: Sequence[Member]) -> str:
     """The path of the innermost layer that owns all of some members."""
-    paths = [_layer(member).split("/") for member in members]
-    common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    return "/".join(common) or _layer(members[0])
+    paths = zip(*(_layer(member).split("/") for member in members), strict=False)
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, paths)
+    return "/".join(parts[0] for parts in common) or _layer(members[0])
 
 
 def plot_groups(groups: Sequence[TiedGroup], path: str | os.PathLike[str]) -> None:
@@ -80,7 +74,7 @@ def plot_groups(groups: Sequence[TiedGroup], path: str | os.PathLike[str]) -> No
             "`registry.link(model)` or `registry.tie(...)` first."
         )
     figure_of = _figure()
-    rows = _rows(groups)
+    rows = [_Row(tie) for tie in by_tie(groups)]
     apart = sorted((row for row in rows if row.spread != 0.0), key=lambda row: -row.spread)[:_MAPS]
     shown = rows[:_ROWS]
     layers = list(dict.fromkeys(layer for row in shown for layer in row.layers))

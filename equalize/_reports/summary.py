@@ -3,9 +3,9 @@
 import html
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
+import keras
 import rich.box
 import rich.console
 import rich.markup
@@ -13,7 +13,7 @@ import rich.table
 
 from equalize._inputs.arguments import counted
 from equalize._reports.advice import FRACTIONS, Advice
-from equalize._ties.tied_group import TiedGroup
+from equalize._ties.tied_group import TiedGroup, by_tie
 
 # Logs are read in editors and mail, and by programs that know ASCII only.
 _LOG_WIDTH = 80
@@ -151,32 +151,22 @@ def weights_stored(groups: Sequence[TiedGroup]) -> int:
     return sum(math.prod(variable.shape) for variable in variables.values())
 
 
-def weights_free(groups: Sequence[TiedGroup]) -> int:
-    """Numbers that training can choose: the effective parameter count.
+def weights_free(groups: Sequence[TiedGroup], weights: Iterable[keras.Variable] | None = None) -> int:
+    """Numbers that training can choose: the effective parameter count, of the members or of some trainable weights.
 
     A hard group has those of its common value, or none where an anchor holds it, and what views leave free. What
     does not train has none.
     """
     groups = [group for group in groups if not group.of_statistics]
-    tied = {id(m.variable) for group in groups if group.hard for m in group.members}
-    loose = {
-        id(m.variable): m.variable
-        for group in groups
-        for m in group.members
-        if not m.anchor and id(m.variable) not in tied
-    }
-    common = sum(
-        math.prod(group.members[0].common_shape)
-        for group in groups
-        if group.hard and not any(member.anchor for member in group.members)
-    )
-    common += sum(
-        math.prod(m.variable.shape) - math.prod(m.common_shape)
-        for group in groups
-        for m in group.members
-        if group.hard and not m.anchor
-    )
-    return common + sum(math.prod(variable.shape) for variable in loose.values())
+    if weights is None:
+        weights = [member.variable for group in groups for member in group.members if not member.anchor]
+    sizes = {id(weight): math.prod(weight.shape) for weight in weights}
+    free = sum(sizes.values())
+    for group in groups:
+        moving = [m for m in group.members if group.hard and id(m.variable) in sizes and not m.anchor]
+        chosen = 0 if any(member.anchor for member in group.members) else 1
+        free -= math.prod(moving[0].common_shape) * (len(moving) - chosen) if moving else 0
+    return free
 
 
 def _print(render: Callable[[rich.console.Console], None], print_fn: Callable[[str], object] | None) -> None:
@@ -195,10 +185,8 @@ def _box(*, plain: bool) -> rich.box.Box:
 
 def _rows(groups: Sequence[TiedGroup], expand: bool) -> list[tuple[str, ...]]:
     """The cells of each row: of a group, or of all groups of a tie of layers."""
-    ties: dict[Any, list[TiedGroup]] = {}
-    for group in groups:
-        ties.setdefault(group if expand or group.tie is None else group.tie, []).append(group)
-    return [_cells(tie[0]) if len(tie) == 1 else _cells_of_tie(tie) for tie in ties.values()]
+    ties = [[group] for group in groups] if expand else by_tie(groups)
+    return [_cells(tie[0]) if len(tie) == 1 else _cells_of_tie(tie) for tie in ties]
 
 
 def _cells_of_tie(groups: Sequence[TiedGroup]) -> tuple[str, ...]:

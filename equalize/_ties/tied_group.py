@@ -388,6 +388,14 @@ class TiedGroup(Group):
                 )
 
 
+def by_tie(groups: Sequence[TiedGroup]) -> list[list[TiedGroup]]:
+    """Groups, those that one tie of layers made together, and each other one alone."""
+    ties: dict[Any, list[TiedGroup]] = {}
+    for group in groups:
+        ties.setdefault(group if group.tie is None else group.tie, []).append(group)
+    return list(ties.values())
+
+
 def _require_shapes(group: TiedGroup, projected: Any, values: Sequence[Tensor]) -> None:
     """Raises unless a projection returned a value of the same shape for each member."""
     shapes = [tuple(getattr(value, "shape", ("none",))) for value in projected] if _is_list(projected) else None
