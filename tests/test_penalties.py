@@ -322,3 +322,30 @@ def test_no_two_pairs_are_held_at_once(form, monkeypatch):
     ]
     assert len(differences) == (6 if form == "rows" else 15)
     assert sum(not operation.control_inputs for operation in differences) <= 1
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere all columns are one block")
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        penalties.pairwise_norm,
+        penalties.pairwise_l1,
+        penalties.trace_norm,
+        lambda values: penalties.pairwise_l2(values, 1.0 + np.eye(9)),
+    ],
+    ids=["norm", "l1", "trace", "l2 with a matrix"],
+)
+@pytest.mark.parametrize(("length", "blocks"), [(2**16, 2), (2**16 - 1, 3), (251 * 257, 1)])
+def test_a_compiled_step_sees_large_members_in_blocks_and_computes_the_same(penalty, length, blocks, monkeypatch):
+    import jax
+
+    from equalize._backend import jax as native
+
+    assert native._blocks(9, length) == blocks
+    values = [ops.convert_to_tensor(row) for row in np.random.default_rng(0).normal(size=(9, length)).astype("float32")]
+    total, gradients = jax.jit(jax.value_and_grad(penalty))(values)
+    monkeypatch.setattr(native, "_blocks", lambda rows, length: 1)
+    expected, slopes = jax.value_and_grad(penalty)(values)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        np.testing.assert_allclose(gradient, slope, rtol=1e-3, atol=1e-5 * float(np.abs(slope).max()))

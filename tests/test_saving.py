@@ -293,6 +293,19 @@ def test_what_was_left_by_a_process_that_died_is_cleared(tmp_path):
     assert ties_in(tmp_path / "model.keras")
 
 
+@pytest.mark.parametrize("write", [save_model, save_weights, "deduplicate"])
+def test_who_has_the_old_file_open_reads_it_to_the_end(write, tmp_path):
+    """A file that is replaced in one step is never half written; one that is written over is, for a while."""
+    model, _ = tied("hard")
+    file = tmp_path / ("model.weights.h5" if write is save_weights else "model.keras")
+    model.save_weights(file) if write is save_weights else model.save(file)
+    whole = file.read_bytes()
+    with file.open("rb") as opened:
+        deduplicate(file) if write == "deduplicate" else write(model, file)
+        assert opened.read() == whole
+    assert file.read_bytes() != whole
+
+
 @pytest.mark.parametrize("part", [0.02, 0.4, 0.97])
 @pytest.mark.parametrize("write", [save_model, save_weights, "deduplicate"])
 def test_a_full_disk_leaves_the_old_file(write, part, tmp_path):
