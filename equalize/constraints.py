@@ -229,7 +229,7 @@ class Invariant(keras.constraints.Constraint):
             raise EqualizeError(f"`views` must hold at least one view. Received: {received(views)}.")
         checked = [rules.checked_view(view) for view in views]
         self.views = tuple(view for view in checked if view is not None)
-        self.inner = rules.checked_inner(keras.constraints.get, inner, keras.constraints.Constraint)
+        self.inner = rules.checked_inner(keras.constraints.get, inner, keras.constraints.Constraint, tying=False)
 
     def __call__(self, w: Tensor) -> Tensor:
         value = symmetry.average(self.views, backend.tensor(w))

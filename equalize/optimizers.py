@@ -12,7 +12,7 @@ from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import validation
 from equalize._ties.bound import group_of, ties_on
-from equalize._ties.shared_update import SharedUpdate, shared_updates, underway, updated_indices
+from equalize._ties.shared_update import SharedUpdate, reduced_gradients, shared_updates, underway, updated_indices
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.registry import GroupRegistry, checked_registry
@@ -443,20 +443,18 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def _reduced(self, updates: Sequence[SharedUpdate], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
         """The gradients for the inner optimizer, in the order of the variables: those of a group are one."""
-        tied = {index for update in updates for index in update.moving}
-        reduced = {index: gradient for index, gradient in grads.items() if index not in tied}
-        for update in updates:
-            reduced |= update.reduced(grads, self.reduction)
+        reduced = reduced_gradients(updates, grads, len(self._trained), self.reduction)
         if self._scaled_outside and isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
             # A LossScaleOptimizer around this one has unscaled what the one inside expects to be scaled.
             reduced = {i: None if g is None else self.inner_optimizer.scale_loss(g) for i, g in reduced.items()}
-        return dict(sorted(reduced.items()))
+        return reduced
 
 
 def _require_all_members(update: SharedUpdate) -> None:
     """Raises unless the optimizer is given every member that may move: the gradients of others would be lost."""
     moving = [member for member in update.group.members if not member.anchor]
-    missing = [member for member in moving if member not in update.moving.values()]
+    given = [member for _, member in update.moving]
+    missing = [member for member in moving if member not in given]
     if missing:
         raise GroupMismatchError(
             f"TiedOptimizer is given a part of group '{update.group.name}': expected all {len(moving)} members that "
@@ -468,7 +466,7 @@ def _require_all_members(update: SharedUpdate) -> None:
 
 def _require_one_treatment(update: SharedUpdate, optimizer: Any) -> None:
     """Raises unless the inner optimizer would train all members in the same way: one of them stands for all."""
-    members = list(update.moving.values())
+    members = [member for _, member in update.moving]
     treatments = [dict(_treatment(optimizer, member.variable)) for member in members]
     for member, treatment in zip(members[1:], treatments[1:], strict=True):
         for setting, (value, fix) in treatment.items():

@@ -1,28 +1,33 @@
 """Linear views, `View`: how a member of a group shows the group's common value.
 
-`Transpose` permutes axes, `Flip` reverses them, `Rotate90` turns, `Scale` multiplies, `Slice` is a part, and `Chain` is
-several views in a row.
+`Transpose` permutes axes, `Flip` reverses them, `Rotate90` turns, `Scale` multiplies, `Slice` is a part, `Pattern`
+repeats entries, and `Chain` is several views in a row.
 
 A view V maps the common value c to what the member shows, w = V(c): a transposed copy, a flipped one, a multiple, a
-part. Each is a multiple of an isometry, Vᵀ·V = scale² · identity, so the best common value seen from one member alone
-is `least_squares(w) = Vᵀ(w) / scale²`. That of a group, argmin over c of Σ weight_i · ‖w_i − V_i(c)‖², is the mean of
-these with the weights `weight_i · scale_i²`.
+part. Vᵀ·V is diagonal: each entry of the common value has a `multiplicity`, which is `scale²` unless a `Pattern` shows
+it several times. So the best common value seen from one member alone is `least_squares(w) = Vᵀ(w) / multiplicity`. That
+of a group, argmin over c of Σ weight_i · ‖w_i − V_i(c)‖², is the mean of these with the weights
+`weight_i · multiplicity_i`.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from equalize import _backend as backend
 from equalize._backend import Tensor
 from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
+from equalize._math import means
 from equalize.errors import EqualizeError, GroupMismatchError
 
-__all__ = ["Chain", "Flip", "Rotate90", "Scale", "Slice", "Transpose", "View"]
+__all__ = ["Chain", "Flip", "Pattern", "Rotate90", "Scale", "Slice", "Transpose", "View"]
 
 Shape = tuple[int, ...]
 
@@ -30,8 +35,8 @@ Shape = tuple[int, ...]
 class View:
     """Base of the views. Equal views have equal configs.
 
-    It is what annotations and `isinstance` name. Each view is linear and stretches every value by one factor,
-    its `scale`.
+    It is what annotations and `isinstance` name. Each view is linear: every entry of a member shows one entry of the
+    common value, times `scale` or minus that.
 
     Example:
     >>> from equalize import views
@@ -42,7 +47,10 @@ class View:
     """
 
     scale: float = 1.0
-    """The factor by which the view stretches: ‖V(c)‖ = scale · ‖c‖."""
+    """The factor by which the view stretches each entry that it shows, without its sign."""
+
+    repeats: bool = False
+    """Whether several entries of a member show one entry of the common value."""
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
         """What the member shows of the common value, V(c).
@@ -62,8 +70,20 @@ class View:
         raise NotImplementedError
 
     def least_squares(self, w: Tensor) -> Tensor:
-        """The common value seen from the member alone, Vᵀ(w) / scale²."""
+        """The common value seen from the member alone: argmin over c of ‖w − V(c)‖, Vᵀ(w) / multiplicity."""
         return self.adjoint(w)
+
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Between which values the entries of a member between `low` and `high` see each entry of the common value."""
+        return self.least_squares(low), self.least_squares(high)
+
+    def multiplicity(self, shape: Sequence[int]) -> float | np.ndarray:
+        """Vᵀ·V for a member of this shape: one number, or one for each entry of the common value."""
+        return self.scale**2
+
+    def covers(self, shape: Sequence[int]) -> bool:
+        """Whether all entries of a member of this shape show the common value, so that none is free."""
+        return True
 
     def common_shape(self, shape: Sequence[int]) -> Shape:
         """The shape of the common value of a member of this shape.
@@ -318,8 +338,162 @@ class Slice(View):
             raise self._misfit(shape, f"a shape of at least {tuple(ends)}")
         return self.shape
 
+    def covers(self, shape: Sequence[int]) -> bool:
+        return tuple(shape) == self.shape
+
     def get_config(self) -> dict[str, Any]:
         return {"start_indices": list(self.start_indices), "shape": list(self.shape)}
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Pattern(View):
+    """Entries of the common value, each shown as often as one likes: entry k of the member is entry `indices[k]`.
+
+    It makes weights repeat inside one variable: circulant and Toeplitz matrices, a convolution that is written as a
+    `Dense`, layers that treat their inputs alike, hashed weights. A group may have one such member alone. Where entries
+    only change places, `Transpose`, `Flip` and `Rotate90` are faster.
+
+    The gradient of the common value is the sum over the entries that show it, and each of these becomes their mean.
+    Both are computed pair by pair in one order, so a result is the same on every run, and entries that agree stay as
+    they are.
+
+    Args:
+        indices: Which entry of the flattened common value each entry of the member shows: integers, in the shape of the
+            member.
+        shape: The shape of the common value, of which every entry must be shown.
+
+    Raises:
+        EqualizeError: An index is out of range, or an entry of the common value is never shown.
+        TypeError: The arguments are not integers.
+
+    Example:
+    >>> import keras, numpy as np, equalize
+    >>> layer = keras.layers.Dense(4)
+    >>> layer.build((None, 4))
+    >>> circulant = (np.arange(4) - np.arange(4)[:, None]) % 4
+    >>> view = equalize.views.Pattern(circulant, (4,))
+    >>> group = equalize.GroupRegistry().tie("conv", [(layer.kernel, view)], equalize.constraints.Equal())
+    >>> kernel = keras.ops.convert_to_numpy(layer.kernel)
+    >>> bool((kernel[1:, 1:] == kernel[:-1, :-1]).all())
+    True
+
+    Reference:
+        Chen, Wilson, Tyree, Weinberger and Chen, Compressing neural networks with the hashing trick (2015), for
+        weights that are shown at many places.
+    """
+
+    repeats = True
+
+    def __init__(self, indices: Any, shape: Sequence[int]):
+        self.shape = arguments.integers("shape", shape)
+        self.indices = arguments.integer_array("indices", indices)
+        size = math.prod(self.shape)
+        if min((*self.shape, 1)) < 1 or self.indices.size == 0:
+            raise EqualizeError(
+                "`shape` must be positive and `indices` must not be empty. Received: "
+                f"indices={received(indices)}, shape={received(shape)}."
+            )
+        if self.indices.min() < 0 or self.indices.max() >= size:
+            raise EqualizeError(
+                f"`indices` must be from 0 to {size - 1}, the entries of a common value of shape {self.shape}. "
+                f"Received: indices from {self.indices.min()} to {self.indices.max()}."
+            )
+        self._counts = np.bincount(self.indices.reshape(-1), minlength=size)
+        if not self._counts.all():
+            raise EqualizeError(
+                f"`indices` must name every entry of the common value. Received: no {int(np.argmin(self._counts))}. "
+                "Number those that are used: `used, indices = numpy.unique(indices, return_inverse=True)`."
+            )
+        self.indices.flags.writeable = False
+
+    def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
+        shown = ops.take(ops.reshape(common, (-1,)), ops.convert_to_tensor(self.indices.reshape(-1), "int32"))
+        return ops.reshape(shown, self.indices.shape)
+
+    def adjoint(self, w: Tensor) -> Tensor:
+        def add(left: Tensor, right: Tensor, pairs: _Pairs) -> Tensor:
+            return left + ops.where(ops.convert_to_tensor(pairs.whole), right, ops.zeros_like(right))
+
+        return ops.cast(self._joined(means.widen(w), add), backend.dtype(w))
+
+    def least_squares(self, w: Tensor) -> Tensor:
+        def mean(w: Tensor) -> Tensor:
+            return ops.cast(self._joined(means.widen(w), _mixed), backend.dtype(w))
+
+        @ops.custom_gradient
+        def differentiable(w: Tensor) -> Any:
+            def gradient(*args: Any, upstream: Tensor | None = None) -> Tensor:
+                upstream = args[0] if upstream is None else upstream
+                counts = ops.convert_to_tensor(self._counts.reshape(self.shape), backend.dtype(upstream))
+                return self.forward(upstream / counts)
+
+            return mean(w), gradient
+
+        return differentiable(w)
+
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        least = self._joined(low, lambda left, right, pairs: ops.minimum(left, right))
+        return least, self._joined(high, lambda left, right, pairs: ops.maximum(left, right))
+
+    def multiplicity(self, shape: Sequence[int]) -> float | np.ndarray:
+        counts = self._counts.astype("float64")
+        return float(counts[0]) if (counts == counts[0]).all() else counts.reshape(self.shape)
+
+    def common_shape(self, shape: Sequence[int]) -> Shape:
+        if tuple(shape) != self.indices.shape:
+            raise self._misfit(shape, f"the shape of its indices, {self.indices.shape}")
+        return self.shape
+
+    def get_config(self) -> dict[str, Any]:
+        return {"indices": self.indices.tolist(), "shape": list(self.shape)}
+
+    def __repr__(self) -> str:
+        return f"Pattern(<indices of shape {self.indices.shape}>, shape={list(self.shape)})"
+
+    def _joined(self, w: Tensor, join: "Callable[[Tensor, Tensor, _Pairs], Tensor]") -> Tensor:
+        """For each entry of the common value, the entries that show it, joined two by two."""
+        values = ops.take(ops.reshape(w, (-1,)), ops.convert_to_tensor(self._order, "int32"))
+        for pairs in self._rounds:
+            values = join(_taken(values, pairs.left), _taken(values, pairs.right), pairs)
+        return ops.reshape(values, self.shape)
+
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        """The entries of the member, those that show one entry of the common value side by side."""
+        return np.argsort(self.indices.reshape(-1), kind="stable")
+
+    @functools.cached_property
+    def _rounds(self) -> "list[_Pairs]":
+        """Which values to join in each round until one is left for each entry of the common value."""
+        rounds, counts, weights = [], self._counts, np.ones(self.indices.size)
+        while counts.max() > 1:
+            halves = (counts + 1) // 2
+            entry = np.repeat(np.arange(counts.size), halves)
+            place = 2 * (np.arange(entry.size) - (np.cumsum(halves) - halves)[entry])
+            left = (np.cumsum(counts) - counts)[entry] + place
+            whole = place + 1 < counts[entry]
+            right = np.where(whole, left + 1, left)
+            sums = weights[left] + np.where(whole, weights[right], 0.0)
+            rounds.append(_Pairs(left, right, whole, np.where(whole, weights[right] / sums, 0.0)))
+            counts, weights = halves, sums
+        return rounds
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """One round of joining values two by two, with arrays of one entry a pair.
+
+    Attributes:
+        left: The place of a value.
+        right: That of the value it is joined with, or its own where it is the odd one out.
+        whole: Whether there are two values.
+        share: The part of the right one in their mean.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    whole: np.ndarray
+    share: np.ndarray
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -334,7 +508,8 @@ class Chain(View):
         *views: The views, the one next to the common value first.
 
     Raises:
-        EqualizeError: No view is given, or the product of the factors is out of range.
+        EqualizeError: No view is given, a `Pattern` comes after a `Slice`, or the product of the factors is out of
+            range.
         TypeError: An argument is not a view.
 
     Example:
@@ -354,6 +529,13 @@ class Chain(View):
         parts = [part for view in views for part in (view.moves if isinstance(view, Chain) else [view])]
         self.moves = [part for part in parts if not isinstance(part, Scale)]
         """The views that move entries, without those that scale them."""
+        self.repeats = any(part.repeats for part in self.moves)
+        kinds = [type(part) for part in self.moves]
+        if Slice in kinds and Pattern in kinds[kinds.index(Slice) :]:
+            raise EqualizeError(
+                "A `Pattern` must not repeat what a `Slice` leaves free. Expected: the `Pattern` first. Received: "
+                f"{self!r}."
+            )
         self.factor = math.prod(view.factor for view in views if isinstance(view, (Chain, Scale)))
         """The product of the factors of all `Scale`s."""
         self.scale = _checked_scale(
@@ -380,6 +562,29 @@ class Chain(View):
             w = view.least_squares(w)
         return w if self.factor == 1.0 else w / self.factor
 
+    def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        for view in reversed(self.moves):
+            low, high = view.bounds(low, high)
+        return (low, high) if self.factor == 1.0 else (low / self.factor, high / self.factor)
+
+    def multiplicity(self, shape: Sequence[int]) -> float | np.ndarray:
+        found: float | np.ndarray = 1.0
+        for view in reversed(self.moves):
+            if isinstance(found, float):
+                found = view.multiplicity(shape)
+            else:
+                with backend.eagerly():  # integers, which no backend rounds
+                    found = ops.convert_to_numpy(view.adjoint(ops.convert_to_tensor(found, "float32"))).astype(float)
+            shape = view.common_shape(shape)
+        return found * self.factor**2
+
+    def covers(self, shape: Sequence[int]) -> bool:
+        for view in reversed(self.moves):
+            if not view.covers(shape):
+                return False
+            shape = view.common_shape(shape)
+        return True
+
     def common_shape(self, shape: Sequence[int]) -> Shape:
         for view in reversed(self.views):
             shape = view.common_shape(shape)
@@ -399,6 +604,14 @@ class Chain(View):
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.factor == 1.0 else x * self.factor
+
+
+def _taken(values: Tensor, places: np.ndarray) -> Tensor:
+    return ops.take(values, ops.convert_to_tensor(places, "int32"))
+
+
+def _mixed(left: Tensor, right: Tensor, pairs: _Pairs) -> Tensor:
+    return backend.mix(left, right, ops.convert_to_tensor(pairs.share, backend.dtype(left)))
 
 
 def _flipped(x: Tensor, axes: Sequence[int]) -> Tensor:

@@ -367,6 +367,7 @@ CALLS = {
     "views.Chain": (unpacked(lambda w: views.Chain), lambda w: {"arguments": [Transpose(), Scale(2)]}),
     "views.Chain.from_config": (views.Chain.from_config, lambda w: {"config": views.Chain(Scale(2)).get_config()}),
     "views.Flip": (views.Flip, lambda w: {"axes": [0]}),
+    "views.Pattern": (views.Pattern, lambda w: {"indices": [[0, 1, 0]], "shape": (2,)}),
     "views.Rotate90": (views.Rotate90, lambda w: {"k": 1, "axes": (0, 1)}),
     "views.Scale": (Scale, lambda w: {"factor": 2.0}),
     "views.Slice": (views.Slice, lambda w: {"start_indices": (0, 1), "shape": (1, 2)}),
@@ -377,8 +378,16 @@ CALLS = {
 FUNCTIONS = {"print_fn", "schedule"}  # which users write, and whose errors are theirs
 
 # What equalize or Keras calls with objects of its own, and never a user.
-CALLED_BY_GROUPS = {"adjoint", "apply", "apply_gradient", "least_squares"}  # of a member
-CALLED_BY_MEMBERS = {"adjoint", "common_shape", "forward", "least_squares"}  # of a view
+CALLED_BY_GROUPS = {"adjoint", "apply", "apply_gradient", "least_squares", "overlaps"}  # of a member
+CALLED_BY_MEMBERS = {
+    "adjoint",
+    "bounds",
+    "common_shape",
+    "covers",
+    "forward",
+    "least_squares",
+    "multiplicity",
+}  # of a view
 CALLED_BY_GROUP = {"checked_strength", "having", "penalty", "project", "subset"}  # of a rule
 CALLED_BY_KERAS = {
     "apply_gradients",  # hands over to `apply`

@@ -16,7 +16,7 @@ import equalize
 from equalize.constraints import Equal, Invariant
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
-from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
+from equalize.views import Chain, Flip, Pattern, Rotate90, Scale, Slice, Transpose
 from tests.conftest import BACKEND, bits, in_new_processes, shown_alike
 
 pytestmark = pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles no step on PyTorch")
@@ -46,7 +46,7 @@ def random_view(random, shape):
     """A view, and the shape of a member that shows a common value of the given shape through it."""
     axis = int(random.integers(len(shape)))
     scale = Scale(float(random.choice([-1.0, 0.7, 3.0, -0.1, 2.0])))
-    kind = random.choice(["none", "flip", "transpose", "rotate", "scale", "slice", "chain"])
+    kind = random.choice(["none", "flip", "transpose", "rotate", "scale", "slice", "chain", "pattern"])
     if kind == "flip":
         return Flip(axis), shape
     if kind == "transpose":
@@ -59,6 +59,10 @@ def random_view(random, shape):
         return scale, shape
     if kind == "slice":
         return Slice((0,) * len(shape), shape), tuple(size + 1 for size in shape)
+    if kind == "pattern":
+        size = int(np.prod(shape))
+        indices = np.concatenate([np.arange(size), random.integers(size, size=2 * size)])
+        return Pattern(random.permutation(indices), shape), (3 * size,)
     if kind == "chain":
         return Chain(scale, Flip(axis), Scale(0.3), Transpose()), shape[::-1]
     return None, shape

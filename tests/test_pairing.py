@@ -173,7 +173,7 @@ def test_layers_that_hold_each_others_weights_crosswise_are_refused_and_left_alo
             self.built = True
 
     registry = equalize.GroupRegistry()
-    with pytest.raises(GroupMismatchError, match="one group that projects a variable"):
+    with pytest.raises(GroupMismatchError, match="one group that projects an entry"):
         registry.tie("pairs", [Pair(left, right), Pair(right, left)], Equal())
     assert len(registry) == 0
     assert left.kernel.constraint is right.kernel.constraint is None

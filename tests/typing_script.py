@@ -13,11 +13,12 @@ from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, T
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, GroupRegularizer, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.saving import deduplicate, load_model, save_model, save_weights
-from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose, View
+from equalize.views import Chain, Flip, Pattern, Rotate90, Scale, Slice, Transpose, View
 
 
 def rules() -> list[Equal | MeanL2 | PairwiseL2 | PairwiseNorm | PairwiseL1 | ChainL2 | TraceNorm]:
     views: list[View] = [Transpose(), Flip(0), Rotate90(1), Scale(2.0), Slice((0, 0), (2, 2))]
+    views.append(Pattern([[0, 1], [1, 0]], (2,)))
     return [
         Equal("towers", rate=0.5, weight=2.0, view=Chain(*views), inner="non_neg"),
         MeanL2("towers", 0.1),

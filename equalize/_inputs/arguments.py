@@ -71,6 +71,22 @@ def integer(name: str, value: Any, *, low: int = -(2**31)) -> int:
     return _integers(name, value, "an integer", several=False, low=low)[0]
 
 
+def integer_array(name: str, values: Any) -> np.ndarray:
+    """Integers in an array of any shape, as a new array.
+
+    Raises:
+        TypeError: Something else is given, bools for instance, or lists of different lengths.
+    """
+    problem = None
+    try:
+        array = np.array(values)
+    except Exception as error:  # NumPy about lists of different lengths, a backend about its own tensors
+        array, problem = np.asarray(None), error
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"`{name}` must be an array of integers. Received: {received(values)}.") from problem
+    return array.astype("int64")
+
+
 def _integers(name: str, values: Any, what: str, *, several: bool, low: int = -(2**31)) -> tuple[int, ...]:
     problem = None
     try:

@@ -27,9 +27,9 @@ _OF_LAYERS = {"tie", "statistics"}  # of what a tie of layers made
 def group_configs(groups: Sequence[TiedGroup]) -> list[dict[str, Any]]:
     """Groups as JSON-serializable data: their rules, and their members by place, or by value for constants.
 
-    A group with fewer than two members left ties nothing and is left out.
+    A group that ties nothing, since fewer than two members are left, is left out.
     """
-    groups = [group for group in groups if len(group.members) > 1]
+    groups = [group for group in groups if len(group.members) > 1 or any(m.repeats for m in group.members)]
     members = {id(member.variable): member for group in groups for member in group.members if not member.constant}
     found = places.places_of([member.variable for member in members.values()]) if members else []
     return [_group_config(group, dict(zip(members, found, strict=True))) for group in groups]
@@ -73,8 +73,8 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
             raise _damaged("names that are strings", [entry["name"], entry.get("tie")])
         if entry.get("statistics", True) is not True or ("statistics" in entry and "tie" not in entry):
             raise _damaged(f"moving statistics of a tie in '{entry['name']}'", entry["statistics"])
-        if not isinstance(entry["members"], list) or len(entry["members"]) < 2:
-            raise _damaged(f"at least two members in group '{entry['name']}'", entry["members"])
+        if not isinstance(entry["members"], list) or not entry["members"]:
+            raise _damaged(f"members in group '{entry['name']}'", entry["members"])
         for member in entry["members"]:
             if not isinstance(member, dict) or not _is_whole(member):
                 raise _damaged(
@@ -87,7 +87,9 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
             discovery.require_rule(entry["name"], rule_of(entry))
             for member in entry["members"]:
                 _weight_of(member)
-                rules.checked_view(member["view"])
+                view = rules.checked_view(member["view"])
+                if len(entry["members"]) == 1 and (view is None or not view.repeats):
+                    raise EqualizeError(f"Expected at least two members. Received: {received(member)}.")
                 if "constant" in member:
                     _array_of(member["constant"])
         except (EqualizeError, TypeError) as error:

@@ -8,24 +8,22 @@ from equalize._ties.effects import described
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
 from equalize._ties.spread import pulled_arrays
-from equalize._ties.tied_group import TiedGroup
 from equalize.errors import GroupMismatchError
 
 
-def inner_for(name: str, rule: Rule, members: Sequence[Member], besides: TiedGroup | None = None) -> list[Any]:
+def inner_for(name: str, rule: Rule, members: Sequence[Member]) -> list[Any]:
     """What a new rule finds on the variables and keeps as its `inner`, one entry a member.
 
     Args:
         name: Name of the group that the rule is for.
         rule: The rule.
         members: The members.
-        besides: A group whose rules are about to go.
 
     Raises:
         GroupMismatchError: The rule and a variable each bring one, or the members of a projection bring different
             ones: there is one common value, so there can be one constraint.
     """
-    found = [_existing(member, rule.slot, besides) for member in members]
+    found = [bound.own(getattr(member.variable, rule.slot)) for member in members]
     given = effects.Effect(rule.inner)
     for member, existing in zip(members, found, strict=True):
         if rule.inner is not None and existing is not None and not _same(given, _effect(existing, member), member):
@@ -69,9 +67,3 @@ def _effect(function: Any, member: Member) -> effects.Effect:
 
 def _same(one: effects.Effect, other: effects.Effect, *members: Member) -> bool:
     return effects.same(one, other, list(pulled_arrays(members)))
-
-
-def _existing(member: Member, slot: str, besides: TiedGroup | None) -> Any:
-    """What a variable has; a regularizer besides ties, since penalties add up, and a constraint without a group's."""
-    existing = getattr(member.variable, slot)
-    return bound.own(existing) if slot == "regularizer" else bound.without(existing, besides)

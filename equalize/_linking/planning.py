@@ -47,7 +47,7 @@ def plan_declared(name: str, entries: discovery.Entries, names: Iterable[str], i
     rules = [rule for _, rule, _ in entries]
     validation.require_several(name, members, names)
     validation.require_fit(name, members, rules, declared=True)
-    inner = rules[0].inner if rules[0].slot == "constraint" else None
+    inner = bound.own(rules[0]) if rules[0].slot == "constraint" else None
     group = TiedGroup(name, members, rules[0], inner=inner, declared=True)
     _require_start(group, initial)
     return Plan(group, [rule.inner for rule in rules])
@@ -74,6 +74,7 @@ def plan(
     validation.require_fit(name, members, rules)
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(name, members)
+        validation.require_no_inner(name, members, rule)
     if of_statistics:
         validation.require_no_other_statistics(name, members, groups.values())
     inner = inner_for(name, rule, members)
@@ -100,12 +101,13 @@ def plan_replacement(group: TiedGroup, rule: Rule) -> Callable[[], None]:
     validation.require_fit(group.name, members, [rule] * len(members))
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(group.name, members, besides=group)
-    inner = inner_for(group.name, rule, members, besides=group)
+        validation.require_no_inner(group.name, members, rule, besides=group)
+    inner = inner_for(group.name, rule, members)
     common = common_inner(rule, members, inner)
     if rule.slot == "constraint":
         _require_projectable(group.name, members, rule, common)
     # What the old rule brought stays on the variables, so in the config.
-    given = group.rule.inner if rule.inner is None and rule.slot == group.rule.slot else rule.inner
+    given = bound.own(group.rule) if rule.inner is None and rule.slot == group.rule.slot else rule.inner
 
     def apply() -> None:
         bound.detach(group)
@@ -153,7 +155,7 @@ def require_apart(plans: Sequence[Plan]) -> None:
         GroupMismatchError: Two have one name, or project one variable.
     """
     seen: set[str] = set()
-    projected: dict[int, str] = {}
+    projected: dict[int, list[tuple[str, Member]]] = {}
     pulled: set[int] = set()
     for plan in plans:
         name = plan.group.name
@@ -173,13 +175,16 @@ def require_apart(plans: Sequence[Plan]) -> None:
                 )
             pulled |= {id(member.variable) for member in plan.group.members}
         for member in plan.group.members if plan.group.projects else ():
-            other = projected.setdefault(id(member.variable), name)
-            if other != name:
-                raise GroupMismatchError(
-                    f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well. Expected: one "
-                    "group that projects a variable. Name all members in one group, or give layers that do not "
-                    f"hold each other's weights.{validation.listing(plan.group.members)}"
-                )
+            others = projected.setdefault(id(member.variable), [])
+            for other, part in others:
+                if other != name and member.overlaps(part):
+                    raise GroupMismatchError(
+                        f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well. Expected: "
+                        "one group that projects an entry. Name all members in one group, give parts that do not "
+                        "overlap, as equalize.views.Slice, or give layers that do not hold each other's weights."
+                        f"{validation.listing(plan.group.members)}"
+                    )
+            others.append((name, member))
 
 
 def warn_of_overwriting(plans: Sequence[Plan], initial: str, *, stacklevel: int) -> None:

@@ -1,15 +1,15 @@
 """Whether the members of a group fit together, checked before anything is changed."""
 
 import difflib
-import math
 from collections.abc import Iterable, Sequence
 
 import keras
+import numpy as np
 
 from equalize import _backend as backend
 from equalize._inputs.arguments import counted
 from equalize._ties import effects
-from equalize._ties.bound import group_of, rule_of, ties_on
+from equalize._ties.bound import Bound, chain_of, group_of, own, rule_of, ties_on
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
 from equalize._ties.spread import pulled_arrays, spread_of
@@ -19,9 +19,9 @@ from equalize.errors import GroupMismatchError, TieBrokenError
 
 def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rule], *, declared: bool = False) -> None:
     """Raises `GroupMismatchError` unless the members can be one group: enough, distinct, of one shape, dtype, rule."""
-    _require_distinct(name, members)
     for member in members:
         _require_view_fits(name, member)
+    _require_distinct(name, members)
     first = members[0]
     for member, rule in zip(members[1:], member_rules[1:], strict=True):
         for what, expected, received in (
@@ -72,6 +72,9 @@ def require_several(name: str, members: Sequence[Member], others: Iterable[str])
     """Raises `GroupMismatchError` for a group of one, which is how a misspelt name shows."""
     if len(members) > 1:
         return
+    _require_view_fits(name, members[0])
+    if members[0].repeats:  # it ties entries of one variable
+        return
     near = difflib.get_close_matches(name, [other for other in others if other != name], n=1, cutoff=0.0)
     hint = (
         f"The nearest other group is '{near[0]}': is one of the two misspelt?" if near else "There is no other group."
@@ -83,16 +86,32 @@ def require_several(name: str, members: Sequence[Member], others: Iterable[str])
 
 
 def require_no_other_hard_group(name: str, members: Sequence[Member], besides: TiedGroup | None = None) -> None:
-    """Raises `GroupMismatchError` where a member is projected by another group already, leaving out `besides`."""
+    """Raises `GroupMismatchError` where entries of a member are projected by another group, leaving out `besides`."""
     for member in members:
         for tie in ties_on(member.variable):
-            rule = rule_of(tie)
-            if rule.slot == "constraint" and (besides is None or group_of(tie) is not besides):
-                raise GroupMismatchError(
-                    f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{rule.group}' already "
-                    f"({rule.describe()}), and a variable can be projected by one group only. Name all members in one "
-                    f"group, or call `untie({rule.group!r})` first.{listing(members)}"
-                )
+            rule, group = rule_of(tie), group_of(tie)
+            if rule.slot != "constraint" or (besides is not None and group is besides):
+                continue
+            if isinstance(tie, Bound) and not member.overlaps(tie.member):
+                continue
+            raise GroupMismatchError(
+                f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{rule.group}' already "
+                f"({rule.describe()}), and an entry can be projected by one group only. Name all members in one "
+                f"group, give parts that do not overlap, as equalize.views.Slice, or call `untie({rule.group!r})` "
+                f"first.{listing(members)}"
+            )
+
+
+def require_no_inner(name: str, members: Sequence[Member], rule: Rule, besides: TiedGroup | None = None) -> None:
+    """Raises `GroupMismatchError` where a rule brings a constraint for a variable of which other groups have parts."""
+    for member in members if rule.inner is not None else ():
+        ties = [tie for tie in chain_of(member.variable.constraint) if isinstance(tie, Bound)]
+        if any(tie.group is not besides for tie in ties):
+            raise GroupMismatchError(
+                f"Cannot tie '{member.path}' into group '{name}': another group has a part of the variable, and the "
+                f"rule brings {effects.name_of(rule.inner)} as `inner`. Expected: a rule without. Give the layer the "
+                f"constraint, for all of its variable.{listing(members)}"
+            )
 
 
 def require_no_other_statistics(name: str, members: Sequence[Member], groups: Iterable[TiedGroup]) -> None:
@@ -136,20 +155,24 @@ def listing(members: Iterable[Member]) -> str:
 
 
 def _require_distinct(name: str, members: Sequence[Member]) -> None:
-    seen: set[int] = set()
+    seen: dict[int, list[Member]] = {}
     for member in members:
-        if id(member.variable) in seen:
+        others = seen.setdefault(id(member.variable), [])
+        if any(member.overlaps(other) for other in others):
             raise GroupMismatchError(
-                f"Cannot tie group '{name}': {member} was given more than once. Expected: separate variables; one "
-                f"variable in two layers is equal to itself without a tie.{listing(members)}"
+                f"Cannot tie group '{name}': {member} was given more than once. Expected: separate variables, or parts "
+                "of one that do not overlap; one variable in two layers is equal to itself without a tie."
+                f"{listing(members)}"
             )
-        seen.add(id(member.variable))
+        others.append(member)
 
 
 def _require_weights(name: str, members: Sequence[Member]) -> None:
     """Raises unless the weights, each times the square of what its view stretches by, make a mean in float64."""
-    weights = [member.weight * member.scale**2 for member in members]
-    if not math.isfinite(sum(weights)) or min(weights) == 0.0:
+    weights = [np.asarray(member.weight * member.multiplicity) for member in members]
+    with np.errstate(over="ignore"):
+        total = sum(weights[1:], start=weights[0])
+    if not np.isfinite(total).all() or min(weight.min() for weight in weights) == 0.0:
         raise GroupMismatchError(
             f"Cannot tie group '{name}': expected weights of the members whose mean can be computed; received "
             f"{[member.weight for member in members]}. Give weights nearer to 1.{listing(members)}"
@@ -171,7 +194,8 @@ def _of_one_kind(one: Rule, other: Rule, member: Member) -> bool:
         return False
     if one.slot != "constraint":
         return True
-    return effects.same(effects.Effect(one.inner), effects.Effect(other.inner), list(pulled_arrays([member])))
+    inner = [effects.Effect(own(rule)) for rule in (one, other)]
+    return effects.same(inner[0], inner[1], list(pulled_arrays([member])))
 
 
 def _written(rule: Rule) -> str:

@@ -8,8 +8,10 @@ combinations, each of which returns an entry that its two sides agree on untouch
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
@@ -19,7 +21,11 @@ from equalize._backend import Tensor
 SMALL = 2**14
 
 
-def mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+Weights: TypeAlias = Sequence[float | np.ndarray]
+"""A positive number for each tensor, or one for each of its entries."""
+
+
+def mean(values: Sequence[Tensor], weights: Weights | None = None) -> Tensor:
     """Weighted mean of tensors of one shape and dtype, which leaves entries that agree already bit for bit as they are.
 
     Half precision is accumulated in float32 and rounded once. No intermediate value exceeds the largest member, so
@@ -27,12 +33,14 @@ def mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Te
 
     Args:
         values: Tensors of one shape and floating dtype.
-        weights: A positive number for each tensor; equal weights by default.
+        weights: A positive number for each tensor, or one for each of its entries; equal weights by default.
 
     Returns:
         A tensor of the same shape and dtype.
     """
     weights = (1.0,) * len(values) if weights is None else tuple(weights)
+    if any(isinstance(weight, np.ndarray) for weight in weights):
+        return _mean_of_entries(values, weights)
     return (_mean_of_rows if are_small(values) else _mean_one_by_one)(values, weights)
 
 
@@ -60,8 +68,7 @@ def widen(value: Tensor) -> Tensor:
     return ops.cast(value, "float32") if dtype in ("float16", "bfloat16") else value
 
 
-@backend.fused
-def _mean_one_by_one(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _mean_of_entries(values: Sequence[Tensor], weights: Weights) -> Tensor:
     nodes = [(widen(value), weight) for value, weight in zip(values, weights, strict=True)]
     while len(nodes) > 1:
         odd = nodes[len(nodes) - len(nodes) % 2 :]
@@ -69,13 +76,18 @@ def _mean_one_by_one(values: Sequence[Tensor], weights: Sequence[float]) -> Tens
     return ops.cast(nodes[0][0], backend.dtype(values[0]))
 
 
-def _join(left: Tensor, left_weight: float, right: Tensor, right_weight: float) -> tuple[Tensor, float]:
+_mean_one_by_one = backend.fused(_mean_of_entries)
+
+
+def _join(left: Tensor, left_weight: Any, right: Tensor, right_weight: Any) -> tuple[Tensor, Any]:
     """Two nodes of the tree as one."""
     weight = left_weight + right_weight
-    return backend.mix(left, right, right_weight / weight), weight
+    share = right_weight / weight
+    share = ops.convert_to_tensor(share, backend.dtype(left)) if isinstance(share, np.ndarray) else share
+    return backend.mix(left, right, share), weight
 
 
-def _mean_of_rows(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _mean_of_rows(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
     """The same tree, all nodes of a level at once."""
     rows = widen(backend.stack(values))
     while len(weights) > 1:

@@ -165,7 +165,8 @@ def weights_free(groups: Sequence[TiedGroup], weights: Iterable[keras.Variable] 
     for group in groups:
         moving = [m for m in group.members if group.hard and id(m.variable) in sizes and not m.anchor]
         chosen = 0 if any(member.anchor for member in group.members) else 1
-        free -= math.prod(moving[0].common_shape) * (len(moving) - chosen) if moving else 0
+        shown = sum(member.entries for member in moving)
+        free -= shown - chosen * math.prod(moving[0].common_shape) if moving else 0
     return free
 
 

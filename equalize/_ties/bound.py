@@ -1,5 +1,6 @@
 """What stands on a variable that is tied: the group, the member, and what was there before."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,10 +51,28 @@ class Bound(Tying):
 
 
 class BoundConstraint(Bound, keras.constraints.Constraint):
-    """The constraint of a member: the projection of its group."""
+    """The constraint of a member: the projection of its group.
+
+    A variable that is in several groups by its parts has one inside the other, and each changes its own part of what
+    those inside of it return. What no group has is as the constraint that the variable had wants it.
+    """
+
+    def unbound(self) -> Any:
+        rule = super().unbound()
+        return rule if rule.inner is not None else rule.having(inner=own(self.rule))
 
     def __call__(self, w: Tensor) -> Tensor:
-        return self.group.project(self.member)
+        if isinstance(self.inner, BoundConstraint):
+            inside = self.inner(w)
+            # The first tie of a group has projected all its members on the variable.
+            done = any(tie.group is self.group for tie in chain_of(self.inner) if isinstance(tie, BoundConstraint))
+            return inside if done else self.group.project(self.member, inside)
+        return self.group.project(self.member, None if self.member.whole else self._free())
+
+    def _free(self) -> Tensor:
+        """The variable, as the constraint that its user gave it would have all of it."""
+        w = backend.read(self.member.variable)
+        return w if self.inner is None else ops.cast(self.inner(w), w.dtype)
 
 
 class BoundRegularizer(Bound, keras.regularizers.Regularizer):
@@ -146,34 +165,39 @@ def attach(group: Any, member: Member, inner: Any) -> None:
         inner: What the rule is to carry inside, where the variable has nothing of its own.
     """
     variable, chain = member.variable, member.variable.regularizer
+    declares = functools.partial(_declares, group, member)
+
+    def kept(within: Any) -> Any:  # what a rule has inside is for the common value, not for what is free
+        return within if member.whole or isinstance(within, Tying) else None
+
     if group.projects:
-        variable.constraint = BoundConstraint(group, member, inner)
+        constraint = variable.constraint
+        if any(map(declares, chain_of(constraint))):
+            variable.constraint = _changed(
+                constraint, lambda tie: BoundConstraint(group, member, kept(tie.inner)) if declares(tie) else tie
+            )
+        else:
+            whole = member.whole and not isinstance(constraint, BoundConstraint)
+            variable.constraint = BoundConstraint(group, member, inner if whole else constraint)
         if chain is not None or group.statistics or keras.backend.backend() == "jax":
-            variable.regularizer = _with_own(chain, OwnRegularizer(group, member, own(chain)))
+            _regularize(variable, own(chain))
         return
-
-    def bound(tie: Tying) -> Tying:
-        declared = isinstance(tie, Rule) and tie.group == group.name
-        return BoundRegularizer(group, member, tie.inner) if declared else tie
-
-    if any(isinstance(tie, Rule) and tie.group == group.name for tie in chain_of(chain)):
-        variable.regularizer = _changed(chain, bound)
+    if any(map(declares, chain_of(chain))):
+        variable.regularizer = _changed(
+            chain, lambda tie: BoundRegularizer(group, member, tie.inner) if declares(tie) else tie
+        )
         return
     if own(chain) is None and inner is not None:
-        projected = isinstance(variable.constraint, BoundConstraint)
-        chain = _with_own(chain, OwnRegularizer(variable.constraint.group, member, inner) if projected else inner)
-    variable.regularizer = BoundRegularizer(group, member, chain)
+        _regularize(variable, inner)
+    variable.regularizer = BoundRegularizer(group, member, variable.regularizer)
 
 
 def attach_statistics(group: Any, statistics: Any) -> None:
     """Has the loss, and the projection, of a group make statistics equal as well."""
     group.statistics.append(statistics)
     for member in group.members if group.projects else ():
-        variable, chain = member.variable, member.variable.regularizer
-        if not member.constant and not any(
-            type(tie) is OwnRegularizer and tie.group is group for tie in chain_of(chain)
-        ):
-            variable.regularizer = _with_own(chain, OwnRegularizer(group, member, own(chain)))
+        if not member.constant:
+            _regularize(member.variable, own(member.variable.regularizer))
 
 
 def detach(group: Any) -> None:
@@ -195,6 +219,19 @@ def without(outermost: Any, group: Any) -> Any:
     if outermost.group is group or isinstance(outermost, OwnRegularizer):
         return inner
     return outermost if inner is outermost.inner else type(outermost)(outermost.group, outermost.member, inner)
+
+
+def _declares(group: Any, member: Member, tie: Tying) -> bool:
+    """Whether a tie on a member's variable is the rule by which a layer declares the member."""
+    return isinstance(tie, Rule) and tie.group == group.name and tie.view == member.view
+
+
+def _regularize(variable: keras.Variable, innermost: Any) -> None:
+    """Puts what the projections of a variable do in its loss around the regularizer that its user gave."""
+    for tie in reversed([*chain_of(variable.constraint)]):
+        if isinstance(tie, BoundConstraint):
+            innermost = OwnRegularizer(tie.group, tie.member, innermost)
+    variable.regularizer = _with_own(variable.regularizer, innermost)
 
 
 def _changed(outermost: Any, change: Callable[[Any], Any]) -> Any:

@@ -1,10 +1,10 @@
 """Members: one variable of a group, and how it shows the group's common value."""
 
-import math
 import weakref
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
@@ -120,6 +120,16 @@ class Member:
         return 1.0 if self.view is None else self.view.scale
 
     @property
+    def multiplicity(self) -> float | np.ndarray:
+        """How much of the member shows each entry of the common value: one number, or one for each."""
+        return 1.0 if self.view is None else self.view.multiplicity(self.variable.shape)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the view shows entries of the common value several times, which may differ in the member."""
+        return self.view is not None and self.view.repeats
+
+    @property
     def lossless(self) -> bool:
         """Whether the view loses no bit. A multiple may round, also by a power of two: the smallest numbers."""
         return self.scale == 1.0
@@ -137,7 +147,29 @@ class Member:
     @property
     def whole(self) -> bool:
         """Whether the view covers every entry of the variable, so that none of it is free."""
-        return math.prod(self.common_shape) == math.prod(self.variable.shape)
+        return self.view is None or self.view.covers(tuple(self.variable.shape))
+
+    @property
+    def entries(self) -> int:
+        """How many entries of the variable show the common value."""
+        multiplicity = np.broadcast_to(self.multiplicity, self.common_shape)
+        return round(float(multiplicity.sum()) / self.scale**2)
+
+    @property
+    def covered(self) -> np.ndarray:
+        """Which entries of the variable show the common value."""
+        shape = tuple(self.variable.shape)
+        if self.view is None or self.whole:
+            return np.ones(shape, bool)
+        with backend.eagerly():
+            shown = self.view.forward(ops.ones(self.common_shape), ops.zeros(shape))
+            return ops.convert_to_numpy(shown) != 0.0
+
+    def overlaps(self, other: "Member") -> bool:
+        """Whether an entry of one variable belongs to both members."""
+        if self.variable is not other.variable:
+            return False
+        return self.whole or other.whole or bool((self.covered & other.covered).any())
 
     def adjoint(self, gradient: Tensor) -> Tensor:
         """The gradient with respect to the common value, from that of the member."""

@@ -183,8 +183,11 @@ def view_config(view: View | None) -> dict[str, Any] | None:
     return None if view is None else keras.saving.serialize_keras_object(view)
 
 
-def checked_inner(get: Any, inner: Any, kind: type) -> Any:
-    """The argument `inner` of a rule, from an object, a config or a name; a function will do, as it does for Keras."""
+def checked_inner(get: Any, inner: Any, kind: type, *, tying: bool = True) -> Any:
+    """The argument `inner`, from an object, a config or a name; a function will do, as it does for Keras.
+
+    A rule may have another one inside, for another group that the variable belongs to, or belongs to in part.
+    """
     what, problem = f"a Keras {kind.__name__.lower()}", None
     try:
         found = configs.restored(inner, kind, what, get) if isinstance(inner, dict) else get(inner)
@@ -194,9 +197,9 @@ def checked_inner(get: Any, inner: Any, kind: type) -> Any:
         raise EqualizeError(
             f"`inner` must be {what}, its config or its name. Received: {received(inner)}."
         ) from problem
-    if isinstance(found, Tying) and (kind is keras.constraints.Constraint or not isinstance(found, Rule)):
+    if isinstance(found, Tying) and not (tying and isinstance(found, Rule)):
         raise EqualizeError(
-            f"`inner` must not tie: a variable belongs to one hard group. Received: {received(found)}. Give all "
-            "members one group name."
+            f"`inner` must not tie. Received: {received(found)}. Give the layer the rule itself, with this constraint "
+            "as its `inner`."
         )
     return found

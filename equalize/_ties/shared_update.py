@@ -1,6 +1,7 @@
 """Shared updates: an optimizer updates one member of a group in place of all, and the others take its value."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,47 +20,61 @@ class SharedUpdate:
 
     Attributes:
         group: The group.
-        moving: The members that may move and that the optimizer trains, by their index among its variables.
-        leader: The index of the member that is updated for all; None where an anchor holds the group.
+        moving: The members that may move and that the optimizer trains, each with the index of its variable. A variable
+            may be in it several times, by parts.
+        leader: The place in `moving` of the member that is updated for all; None where an anchor holds the group.
     """
 
     group: TiedGroup
-    moving: Mapping[int, Member]
+    moving: Sequence[tuple[int, Member]]
     leader: int | None
 
-    @property
-    def updated(self) -> set[int]:
-        """The indices that are updated: the leader's, and those of members that a view leaves free entries in."""
-        return {index for index, member in self.moving.items() if index == self.leader or not member.whole}
+    def reduced(
+        self, gradients: Mapping[int, Tensor | None], reduced: dict[int, Tensor | None], updated: set[int], how: str
+    ) -> None:
+        """Replaces the gradients of members by those of what is updated.
 
-    def reduced(self, gradients: Mapping[int, Tensor | None], reduction: str) -> dict[int, Tensor | None]:
-        """From the members' gradients, by index, those of what is updated.
+        The leader gets the gradient of the common value, Σ Vᵢᵀ(gᵢ), as its own view shows it; for `how="mean"` divided
+        by the number of members that may move. Of the others none is left, and what is free keeps its own.
 
-        The leader gets the gradient of the common value, Σ Vᵢᵀ(gᵢ), as its own view shows it; for `reduction="mean"`
-        divided by the number of members that may move. The others' free entries keep their gradients.
+        Args:
+            gradients: The gradients of all variables, by their indices.
+            reduced: The gradients of what is updated, which are changed.
+            updated: The indices of what is updated.
+            how: The reduction.
         """
-        given = {index: gradients[index] for index in self.moving if gradients.get(index) is not None}
-        if not given:
-            if self.leader is None or gradients.keys().isdisjoint(self.moving):
-                return {}
-            return {self.leader: None}
-        total = backend.add_gradients([self.moving[index].adjoint(gradient) for index, gradient in given.items()])
-        if reduction == "mean":
+        given = [(i, member) for i, member in self.moving if gradients.get(i) is not None]
+        total = backend.add_gradients([member.adjoint(gradients[i]) for i, member in given]) if given else None
+        if how == "mean" and total is not None:
             total = backend.scale_gradient(total, 1.0 / len(self.moving))
-        return {
-            index: self.moving[index].apply_gradient(
-                total if index == self.leader else ops.zeros_like(total), given.get(index)
-            )
-            for index in self.updated
-            if index == self.leader or index in given
-        }
+        for place, (i, member) in enumerate(self.moving):
+            leads = place == self.leader
+            if i not in updated or (reduced.get(i) is None and not (leads and total is not None)):
+                continue
+            value = total if leads and total is not None else _zeros(member, reduced.get(i))
+            reduced[i] = member.apply_gradient(value, reduced.get(i))
 
     def follow(self) -> None:
         """Gives all members what the leader has become, or the anchor is."""
         if self.leader is None:
             self.group.project()
         else:
-            self.group.follow(self.moving[self.leader])
+            self.group.follow(self.moving[self.leader][1])
+
+
+def _zeros(member: Member, gradient: Tensor) -> Tensor:
+    return ops.zeros(member.common_shape, backend.dtype(gradient))
+
+
+def reduced_gradients(
+    updates: Sequence[SharedUpdate], gradients: Mapping[int, Tensor | None], count: int, how: str
+) -> dict[int, Tensor | None]:
+    """From the gradients of `count` variables, by index, those of what is updated, in the order of the variables."""
+    kept = set(updated_indices(updates, count))
+    reduced = {index: gradient for index, gradient in gradients.items() if index in kept}
+    for update in updates:
+        update.reduced(gradients, reduced, kept, how)
+    return dict(sorted(reduced.items()))
 
 
 def shared_updates(groups: Iterable[TiedGroup], variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
@@ -68,7 +83,7 @@ def shared_updates(groups: Iterable[TiedGroup], variables: Sequence[keras.Variab
     found = []
     for group in groups:
         members = group.members if group.hard else ()
-        moving = {indices[id(m.variable)]: m for m in members if not m.anchor and id(m.variable) in indices}
+        moving = [(indices[id(m.variable)], m) for m in members if not m.anchor and id(m.variable) in indices]
         if moving:
             held = any(member.anchor for member in members)
             found.append(SharedUpdate(group, moving, None if held else _leader(moving)))
@@ -76,10 +91,20 @@ def shared_updates(groups: Iterable[TiedGroup], variables: Sequence[keras.Variab
 
 
 def updated_indices(updates: Iterable[SharedUpdate], count: int) -> list[int]:
-    """The indices of what is updated, of `count` variables: all that is not tied, and for each group its part."""
-    tied = {index for update in updates for index in update.moving}
-    kept = {index for update in updates for index in update.updated}
-    return [index for index in range(count) if index in kept or index not in tied]
+    """The indices of what is updated, of `count` variables: what is not tied, or in part, and what leads a group."""
+    parts: dict[int, list[Member]] = {}
+    leaders = set()
+    for update in updates:
+        for index, member in update.moving:
+            parts.setdefault(index, []).append(member)
+        if update.leader is not None:
+            leaders.add(update.moving[update.leader][0])
+    return [index for index in range(count) if index in leaders or index not in parts or _leaves_free(parts[index])]
+
+
+def _leaves_free(parts: Sequence[Member]) -> bool:
+    """Whether members that are parts of one variable, which do not overlap, leave entries of it free."""
+    return not parts[0].whole and sum(member.entries for member in parts) < math.prod(parts[0].variable.shape)
 
 
 @contextlib.contextmanager
@@ -91,11 +116,11 @@ def underway(updates: Iterable[SharedUpdate]) -> Iterator[None]:
         yield
 
 
-def _leader(moving: Mapping[int, Member]) -> int:
+def _leader(moving: Sequence[tuple[int, Member]]) -> int:
     """The first, unless its view leaves entries free, rounds, or is at all, where another's does not."""
 
-    def detours(index: int) -> tuple[bool, bool, bool, int]:
-        member = moving[index]
-        return not member.whole, not member.lossless, member.view is not None, index
+    def detours(place: int) -> tuple[bool, bool, bool, int]:
+        member = moving[place][1]
+        return not member.whole, not member.lossless, member.view is not None, place
 
-    return min(moving, key=detours)
+    return min(range(len(moving)), key=detours)

@@ -20,7 +20,7 @@ def spread_of(members: Sequence[Member]) -> float:
     if not members:
         return 0.0
     # One member after the other, so that a large group needs the memory of a few members, not of all.
-    pulled = pulled_arrays(members)
+    pulled = _bounds(members)
     first = low = high = next(pulled)
     alike = np.ones(first.shape, bool)
     for value in pulled:
@@ -29,7 +29,8 @@ def spread_of(members: Sequence[Member]) -> float:
     if alike.all():
         return 0.0
     if not all(member.lossless for member in members):
-        (base,) = pulled_arrays([members[gentlest(members)]])
+        member = members[gentlest(members)]
+        base = pulled_array(member, backend.array(member.variable.value))
         stored = {member: backend.read(member.variable) for member in members}
         for guess in (base, np.nextafter(base, base + 1), np.nextafter(base, base - 1)):
             alike |= backend.array(shown_by_all(stored, ops.convert_to_tensor(guess)))
@@ -65,8 +66,8 @@ def shown_by_all(stored: Mapping[Member, Tensor], common: Tensor) -> Tensor:
     """Where every member holds just what the common value gives it; the scale of a view may have rounded it."""
     same = []
     for member, value in stored.items():
-        shown = ops.cast(member.apply(common, value) == value, "float32")
-        same.append(member.least_squares(shown) != 0.0)
+        other = ops.cast(member.apply(common, value) != value, "float32")
+        same.append(member.least_squares(other) == 0.0)
     return ops.all(ops.stack(same), axis=0)
 
 
@@ -75,9 +76,26 @@ def pulled_arrays(members: Iterable[Member]) -> Iterator[np.ndarray]:
     return (pulled_array(member, backend.array(member.variable.value)) for member in members)
 
 
+def _bounds(members: Iterable[Member]) -> Iterator[np.ndarray]:
+    """The same, and two arrays for a member that shows entries several times: the least and the greatest of each."""
+    for member in members:
+        value = backend.array(member.variable.value)
+        if member.view is None or not member.repeats:
+            yield pulled_array(member, value)
+            continue
+        with backend.eagerly():
+            tensor = ops.convert_to_tensor(value)
+            yield from (_as_array(bound, value) for bound in member.view.bounds(tensor, tensor))
+
+
 def pulled_array(member: Member, value: np.ndarray) -> np.ndarray:
     """What a member that holds a value says of the common value, in the value's dtype."""
     if member.view is None:
         return value
-    with backend.eagerly():  # widened, since TensorFlow cannot give a scalar in half precision back
-        return ops.convert_to_numpy(means.widen(member.least_squares(ops.convert_to_tensor(value)))).astype(value.dtype)
+    with backend.eagerly():
+        return _as_array(member.least_squares(ops.convert_to_tensor(value)), value)
+
+
+def _as_array(value: Tensor, like: np.ndarray) -> np.ndarray:
+    """A tensor as an array; widened, since TensorFlow cannot give a scalar in half precision back."""
+    return ops.convert_to_numpy(means.widen(value)).astype(like.dtype)

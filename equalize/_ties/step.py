@@ -4,8 +4,11 @@
 loss. Each lives from the first call of a step to the last, or until a member is written by something else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import keras
 from keras import ops
 
 from equalize import _backend as backend
@@ -15,6 +18,44 @@ from equalize._ties.member import Member
 from equalize._ties.rules import Rule
 
 
+@dataclass
+class Part:
+    """What a group makes of one variable.
+
+    Attributes:
+        members: The members that are the variable, or parts of it.
+        values: What each of them says of the common value from now on.
+    """
+
+    members: list[Member]
+    values: list[Tensor]
+
+    @property
+    def variable(self) -> keras.Variable:
+        return self.members[0].variable
+
+    @property
+    def whole(self) -> bool:
+        """Whether the group decides about all of the variable."""
+        return self.members[0].whole
+
+    def put(self, inside: Tensor | None = None) -> Tensor:
+        """The variable with these values; what they leave free is as given, or as it is."""
+        for member, value in zip(self.members, self.values, strict=True):
+            inside = member.apply(value, inside)
+        return inside
+
+
+def parts_of(values: Iterable[tuple[Member, Tensor]]) -> dict[int, Part]:
+    """Members and their values, by the ids of their variables."""
+    parts: dict[int, Part] = {}
+    for member, value in values:
+        part = parts.setdefault(id(member.variable), Part([], []))
+        part.members.append(member)
+        part.values.append(value)
+    return parts
+
+
 class Projection:
     """What the members of a group have become, for the calls after the first, which has written it.
 
@@ -22,19 +63,22 @@ class Projection:
     calls constraints by hand may write in between, and then every write is tracked.
 
     Args:
-        values: What each member that may move has become.
-        caller: The member whose constraint was called, which is about to be written.
+        parts: What the group makes of each variable, by the variable's id.
+        values: What each variable has become, likewise.
+        caller: The member whose constraint was called, whose variable is about to be written.
         by_hand: Whether no optimizer calls.
     """
 
-    def __init__(self, values: Mapping[Member, Tensor], caller: Member, by_hand: bool):
-        self._values = {member: value for member, value in values.items() if member is not caller}
-        self._unwritten: dict[Member, WriteTracker] = {}
+    def __init__(self, parts: Mapping[int, Part], values: Mapping[int, Tensor], caller: Member, by_hand: bool):
+        own = id(caller.variable)
+        self._values: dict[int, Any] = {key: value for key, value in values.items() if key != own}
+        self._parts = {key: part for key, part in parts.items() if not part.whole}
+        self._unwritten: dict[int, tuple[Member, WriteTracker]] = {}
         if by_hand:  # there may be no later call, so no value is kept
             self._values = dict.fromkeys(self._values)
             self._unwritten = {
-                member: backend.track_writes(member.variable, value, awaited=member is caller)
-                for member, value in values.items()
+                key: (parts[key].members[0], backend.track_writes(parts[key].variable, value, awaited=key == own))
+                for key, value in values.items()
             }
 
     @property
@@ -42,17 +86,21 @@ class Projection:
         """Whether every member that may move has been served."""
         return not self._values
 
-    def serve(self, caller: Member) -> Tensor | None:
-        """A member's value, the first time that it is asked for and while no member has been written; else None."""
-        if caller not in self._values:
+    def serve(self, caller: Member, inside: Tensor | None) -> Tensor | None:
+        """What a member's variable becomes, the first time that it asks and while none has been written; else None."""
+        key = id(caller.variable)
+        if key not in self._values:
             return None
-        value = self._values.pop(caller)
+        value = self._values.pop(key)
         if self._unwritten:
-            values = {m: unwritten(m.variable) for m, unwritten in self._unwritten.items() if m.alive}
+            values = {key: unwritten(m.variable) for key, (m, unwritten) in self._unwritten.items() if m.alive}
             if any(value is None for value in values.values()):
                 return None
-            value = values[caller]
-            self._unwritten[caller] = backend.track_writes(caller.variable, value, awaited=True)
+            value = values[key]
+        if key in self._parts:
+            value = self._parts[key].put(inside)
+        if self._unwritten:
+            self._unwritten[key] = caller, backend.track_writes(caller.variable, value, awaited=True)
         return value
 
 

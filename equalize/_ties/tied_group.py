@@ -17,7 +17,7 @@ from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
 from equalize._ties.spread import change_of, gentlest, pulled_array, shown_by_all, spread_of
-from equalize._ties.step import Penalty, Projection, scaled
+from equalize._ties.step import Penalty, Projection, parts_of, scaled
 from equalize.errors import EqualizeError, GroupMismatchError
 
 
@@ -137,7 +137,7 @@ class TiedGroup(Group):
         """The rule as it computes with the members: it knows the constraint inside, their weights and the anchors."""
         known: dict[str, Any] = {
             "inner": self.inner,
-            "weights": tuple(member.weight * member.scale**2 for member in members),
+            "weights": self._weights(members),
             "fixed": tuple(member.anchor for member in members),
         }
         if self._strength is not None and not self.hard:
@@ -152,11 +152,19 @@ class TiedGroup(Group):
         moved = zip(members, self.pulled(members), self.projected(members), strict=True)
         return change_of([(value, projected) for member, value, projected in moved if not member.anchor])
 
-    def project(self, caller: Member | None = None) -> Tensor | None:
-        """Writes what the rule makes of the members; returns what `caller` becomes, for Keras to write.
+    def _weights(self, members: Sequence[Member]) -> tuple[Any, ...]:
+        """How much each member counts in the common value."""
+        return tuple(member.weight * member.multiplicity for member in members)
+
+    def project(self, caller: Member | None = None, inside: Tensor | None = None) -> Tensor | None:
+        """Writes what the rule makes of the members; returns what the variable of `caller` becomes, for Keras to write.
 
         Keras calls every member's constraint, so the first call of a step works for all, and another member's call
         returns what is there. Each call of an optimizer's `apply` is a step. By hand one ends when a member is written.
+
+        Args:
+            caller: The member whose constraint was called.
+            inside: For a member that is a part of its variable: what the variable becomes without this group.
 
         Raises:
             GroupMismatchError: Two anchors differ.
@@ -165,11 +173,11 @@ class TiedGroup(Group):
         for group in self.statistics:
             group.keep()
         if caller is not None and self._shared_updates:
-            return self._constrained(caller)
+            return self._constrained(caller, inside)
         step = backend.applying() or self
         projection = self._projections.get(step)
         if projection is not None and caller is not None:
-            served = projection.serve(caller)
+            served = projection.serve(caller, inside)
             if projection.spent:
                 del self._projections[step]
             if served is not None:
@@ -178,17 +186,22 @@ class TiedGroup(Group):
         self._require_reach(members)
         projected = None if step is self else together.projected(step, self)
         projected = self.projected(members) if projected is None else projected
-        values = {m: m.apply(value) for m, value in zip(members, projected, strict=True) if not m.anchor}
-        written = [member for member in values if member is not caller]
-        held = backend.write([member.variable for member in written], [backend.own_copy(values[m]) for m in written])
+        parts = parts_of((m, value) for m, value in zip(members, projected, strict=True) if not m.anchor)
+        own = None if caller is None else id(caller.variable)
+        values = {key: part.put(inside if key == own else None) for key, part in parts.items()}
+        written = [key for key in parts if key != own]
+        held = backend.write(
+            [parts[key].variable for key in written], [backend.own_copy(values[key]) for key in written]
+        )
         self._projections.pop(step, None)
         if caller is None:
             return None
         values |= zip(written, held, strict=True)
-        projection = Projection(values, caller, by_hand=step is self)
+        projection = Projection(parts, values, caller, by_hand=step is self)
         if not projection.spent:
             self._projections[step] = projection
-        return values[caller] if caller in values else backend.read(caller.variable)
+        unchanged = backend.read(caller.variable) if inside is None else inside
+        return values.get(id(caller.variable), unchanged)
 
     def projected(self, members: Sequence[Member]) -> list[Tensor]:
         """What the rule makes of the members, as their views pull them back.
@@ -244,8 +257,9 @@ class TiedGroup(Group):
         self._require_reach(members)
         written = backend.read(leader.variable)
         value = backend.computed_once(leader.least_squares(written))
-        follow = [m for m in members if not m.anchor and (m is not leader or value is not written)]
-        backend.write([m.variable for m in follow], [backend.own_copy(m.apply(value)) for m in follow])
+        parts = parts_of((m, value) for m in members if not m.anchor and (m is not leader or value is not written))
+        written = list(parts.values())
+        backend.write([part.variable for part in written], [backend.own_copy(part.put()) for part in written])
 
     def keep(self, *, in_loss: bool = False) -> None:
         """Makes moving statistics equal, where a layer has updated one since; nothing calls a constraint of theirs.
@@ -268,13 +282,16 @@ class TiedGroup(Group):
             self.project()
         self._unchanged = backend.track_all([member.variable for member in members])
 
-    def _constrained(self, member: Member) -> Tensor:
-        """A member's value, with the common value that it shows as the inner constraint wants it."""
-        value = backend.read(member.variable)
+    def _constrained(self, caller: Member, inside: Tensor | None) -> Tensor:
+        """The variable of a member, with the common value that it shows as the inner constraint wants it."""
+        value = backend.read(caller.variable) if inside is None else inside
         if self.inner is None:
             return value
-        common = member.least_squares(value)
-        return member.apply(ops.cast(self.inner(common), common.dtype))
+        for member in self.members:
+            if member.variable is caller.variable:
+                common = member.least_squares(value)
+                value = member.apply(ops.cast(self.inner(common), common.dtype), value)
+        return value
 
     def share(self, member: Member, x: Tensor) -> Tensor:
         """The share of a member, whose value is `x`, in the group's penalty."""
@@ -338,7 +355,7 @@ class TiedGroup(Group):
         if anchor is not None:
             require_anchors_agree(self.name, members)
             return anchor.least_squares(self._anchored_value(anchor))
-        mean = means.mean(self.pulled(members), tuple(member.weight * member.scale**2 for member in members))
+        mean = means.mean(self.pulled(members), self._weights(members))
         inner = self.inner if self.projects else None
         return mean if inner is None else ops.cast(inner(mean), mean.dtype)
 

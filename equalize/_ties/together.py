@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
@@ -39,7 +40,7 @@ def _all(variables: Sequence[Any]) -> dict[Any, list[Tensor]]:
     """What the rules make of the groups on some variables that can be joined with others."""
     if keras.distribution.distribution() is not None:
         return {}  # members are spread over devices, each in its own way
-    ties = [variable.constraint for variable in variables]
+    ties = [tie for variable in variables for tie in bound.chain_of(variable.constraint)]
     groups = dict.fromkeys(tie.group for tie in ties if isinstance(tie, bound.BoundConstraint))
     alike: dict[Hashable, list[Any]] = {}
     for group in groups:
@@ -56,6 +57,8 @@ def _kind(group: Any) -> Hashable:
     if any(member.anchor for member in members) or math.prod(members[0].common_shape) > means.SMALL:
         return None
     rule = group.computing_rule(members)
+    if any(isinstance(weight, np.ndarray) for weight in rule.weights):
+        return None
     strength = rule.strength if isinstance(rule.strength, float) else id(rule.strength)
     return type(rule), strength, rule.weights, backend.dtype(members[0].variable)
 

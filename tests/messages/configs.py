@@ -34,14 +34,24 @@ def config_of_half_a_group():
 
 @message(
     """
-    This is not the config of a registry: expected at least two members in group 'pair'; received
-    [{'view': None, 'weight': 1.0, 'path': 'left/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places':
-    [['63f71ab85682d262', 0, 'vars/0']]}] of type <class 'list'>. Use what `registry.get_config()`
+    The config of group 'pair' is damaged. Expected at least two members. Received: {'view': None,
+    'weight': 1.0, 'path': 'left/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places':
+    [['63f71ab85682d262', 0, 'vars/0']]} of type <class 'dict'>. Use what `registry.get_config()`
     returned, unchanged.
     """
 )
 def config_with_one_member():
     damaged(lambda config: config["groups"][0]["members"].pop() and None)
+
+
+@message(
+    """
+    This is not the config of a registry: expected members in group 'pair'; received [] of type <class
+    'list'>. Use what `registry.get_config()` returned, unchanged.
+    """
+)
+def config_without_members():
+    damaged(lambda config: config["groups"][0]["members"].clear())
 
 
 @message(
@@ -206,8 +216,8 @@ def twice(rule):
 @message(
     """
     Cannot tie 'left/kernel' into group 'other': group 'pair' has it as well. Expected: one group that
-    projects a variable. Name all members in one group, or give layers that do not hold each other's
-    weights.
+    projects an entry. Name all members in one group, give parts that do not overlap, as
+    equalize.views.Slice, or give layers that do not hold each other's weights.
     Members:
         'left/kernel' (4, 3) float32
         'right/kernel' (4, 3) float32

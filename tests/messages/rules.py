@@ -84,12 +84,12 @@ def inner_that_is_none():
 
 @message(
     """
-    `inner` must not tie: a variable belongs to one hard group. Received: <Equal() of group 'other'> of
-    type <class 'equalize.constraints.Equal'>. Give all members one group name.
+    `inner` must not tie. Received: <Equal() of group 'other'> of type <class
+    'equalize.constraints.Equal'>. Give the layer the rule itself, with this constraint as its `inner`.
     """
 )
 def inner_that_ties():
-    Equal("pair", inner=Equal("other"))
+    Invariant([Flip(0)], inner=Equal("other"))
 
 
 @message(

@@ -214,8 +214,8 @@ def names_in_a_config_that_are_none():
     """
 )
 def statistics_in_a_config_that_belong_to_nothing():
-    registry = equalize.GroupRegistry()
-    registry.tie("norms", norms()[1], Equal(), statistics=True)
+    registry, (_model, layers) = equalize.GroupRegistry(), norms()
+    registry.tie("norms", layers, Equal(), statistics=True)
     entry = json.loads(json.dumps(registry.get_config()))["groups"][-1]
     equalize.GroupRegistry.from_config({"groups": [{k: v for k, v in entry.items() if k != "tie"}]})
 
@@ -240,9 +240,10 @@ def a_tie_of_layers_without_their_statistics():
     """
 )
 def statistics_in_a_config_with_a_soft_rule():
-    registry = equalize.GroupRegistry()
-    registry.tie("norms", norms()[1], Equal(), statistics=True)
+    registry, (model, layers) = equalize.GroupRegistry(), norms()
+    registry.tie("norms", layers, Equal(), statistics=True)
     entry = json.loads(json.dumps(registry.get_config()))["groups"][-1]
+    assert model.built
     equalize.GroupRegistry.from_config({"groups": [entry | {"rule": entry["rule"] | {"config": {"rate": 0.5}}}]})
 
 

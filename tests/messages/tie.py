@@ -7,6 +7,7 @@ from keras import ops
 import equalize
 from equalize.constraints import Equal
 from equalize.regularizers import MeanL2, PairwiseL2
+from equalize.views import Slice
 from tests.messages import dense, kernels, message, model_of, refusing, tied, variable
 
 
@@ -228,7 +229,8 @@ def integers():
 @message(
     """
     Cannot tie group 'pair': 'left/kernel' (4, 3) float32 was given more than once. Expected: separate
-    variables; one variable in two layers is equal to itself without a tie.
+    variables, or parts of one that do not overlap; one variable in two layers is equal to itself
+    without a tie.
     Members:
         'left/kernel' (4, 3) float32
         'left/kernel' (4, 3) float32
@@ -267,9 +269,9 @@ def matrix_of_another_size():
 
 @message(
     """
-    Cannot tie 'left/kernel' into group 'other': it belongs to group 'pair' already (Equal()), and a
-    variable can be projected by one group only. Name all members in one group, or call `untie('pair')`
-    first.
+    Cannot tie 'left/kernel' into group 'other': it belongs to group 'pair' already (Equal()), and an
+    entry can be projected by one group only. Name all members in one group, give parts that do not
+    overlap, as equalize.views.Slice, or call `untie('pair')` first.
     Members:
         'left/kernel' (4, 3) float32
         'third/kernel' (4, 3) float32
@@ -402,3 +404,21 @@ def member_that_is_no_variable():
 )
 def member_with_another_view():
     equalize.Member(*kernels("left"), view="Transpose")
+
+
+@message(
+    """
+    Cannot tie 'whole/kernel' into group 'other': another group has a part of the variable, and the rule
+    brings NonNeg as `inner`. Expected: a rule without. Give the layer the constraint, for all of its
+    variable.
+    Members:
+        'right/kernel' (2, 2) float32 as Slice(start_indices=[0, 0], shape=[1, 2])
+        'whole/kernel' (2, 2) float32 as Slice(start_indices=[1, 0], shape=[1, 2])
+    """
+)
+def constraint_for_a_part_beside_another_group():
+    whole, left, right = (layer.kernel for layer in dense("whole", "left", "right", units=2, inputs=2))
+    registry = equalize.GroupRegistry()
+    registry.tie("one", [(left, Slice((0, 0), (1, 2))), (whole, Slice((0, 0), (1, 2)))], Equal())
+    other = [(right, Slice((0, 0), (1, 2))), (whole, Slice((1, 0), (1, 2)))]
+    registry.tie("other", other, Equal(inner="non_neg"))

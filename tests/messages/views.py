@@ -5,7 +5,7 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal, Invariant
-from equalize.views import Chain, Flip, Rotate90, Scale, Slice, Transpose
+from equalize.views import Chain, Flip, Pattern, Rotate90, Scale, Slice, Transpose
 from tests.messages import message, variable
 
 
@@ -250,3 +250,62 @@ def view_from_something_else():
 )
 def view_that_cannot_be_made():
     Equal("pair", view=keras.saving.serialize_keras_object(Flip(0)) | {"config": {}})
+
+
+@message(
+    """
+    `indices` must name every entry of the common value. Received: no 1. Number those that are used:
+    `used, indices = numpy.unique(indices, return_inverse=True)`.
+    """
+)
+def pattern_that_leaves_an_entry_out():
+    Pattern([[0, 2], [2, 0]], (3,))
+
+
+@message(
+    """
+    `indices` must be from 0 to 3, the entries of a common value of shape (2, 2). Received: indices from
+    0 to 4.
+    """
+)
+def pattern_beyond_the_common_value():
+    Pattern([0, 1, 4], (2, 2))
+
+
+@message(
+    """
+    `shape` must be positive and `indices` must not be empty. Received: indices=[] of type <class
+    'list'>, shape=(0,) of type <class 'tuple'>.
+    """
+)
+def pattern_of_nothing():
+    Pattern([], (0,))
+
+
+@message(
+    """
+    `indices` must be an array of integers. Received: [0.5, 1.0] of type <class 'list'>.
+    """
+)
+def pattern_of_fractions():
+    Pattern([0.5, 1.0], (2,))
+
+
+@message(
+    """
+    A `Pattern` must not repeat what a `Slice` leaves free. Expected: the `Pattern` first. Received:
+    Chain(Slice(start_indices=[0], shape=[2]), Pattern(<indices of shape (4,)>, shape=[3])).
+    """
+)
+def pattern_of_what_a_slice_leaves_free():
+    Chain(Slice((0,), (2,)), Pattern([0, 1, 2, 1], (3,)))
+
+
+@message(
+    """
+    The view Pattern(<indices of shape (3,)>, shape=[2]) does not fit a variable of shape (4,): expected
+    the shape of its indices, (3,). Change the view, or give it to another variable.
+    """
+)
+def pattern_that_does_not_fit():
+    Pattern([0, 1, 1], (2,)).common_shape((4,))
