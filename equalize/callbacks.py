@@ -1,9 +1,11 @@
 """Callbacks: what happens to ties around a training run, beyond its steps.
 
 `TieMonitor` logs how far apart members are and repairs hard ties when training ends; `FactorSchedule` changes how
-strongly a group is tied from epoch to epoch; `TiedCheckpoint` keeps files of the model, small and with the ties.
+strongly a group is tied from epoch to epoch; `PeriodicSync` makes members equal now and then; `TiedCheckpoint` keeps
+files of the model, small and with the ties.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -17,7 +19,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import living, wrapping
-from equalize._inputs import arguments
+from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._reports import plots
 from equalize._reports.invariance import asymmetry, has_invariant
@@ -28,7 +30,7 @@ from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
 from equalize.saving import save_model, save_weights
 
-__all__ = ["FactorSchedule", "TieMonitor", "TiedCheckpoint"]
+__all__ = ["FactorSchedule", "PeriodicSync", "TieMonitor", "TiedCheckpoint"]
 
 
 class TieMonitor(keras.callbacks.Callback):
@@ -139,7 +141,7 @@ class TieMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # `fit` calls `optimizer.finalize_variable_values` before this on all backends (Keras 3.5 and 3.15).
-        hard = {name: spread for name, spread in self._spread().items() if self.registry[name].rule.enforced}
+        hard = {name: spread for name, spread in self._spread().items() if self.registry[name].tying.enforced}
         unequal = {name: spread for name, spread in hard.items() if not spread <= self.atol}
         if self.repair and unequal:
             self.registry.sync("mean", *unequal)
@@ -302,7 +304,7 @@ class FactorSchedule(keras.callbacks.Callback):
                 f"FactorSchedule has nothing to change in the model '{self.model.name}': none of {self.names} has a "
                 "member there. Expected: the registry that this model is linked by."
             )
-        self._retrace([group for group in groups if group.make_adjustable()])
+        _retrace_groups([group for group in groups if group.make_adjustable()])
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         value = self.schedule(epoch)
@@ -310,28 +312,159 @@ class FactorSchedule(keras.callbacks.Callback):
             value = ops.convert_to_numpy(value)
             value = value.item() if value.ndim == 0 else value
         groups = self._groups()
-        numbers = [group.rule.checked_strength(value) for group in groups]
-        self._retrace([group for group, number in zip(groups, numbers, strict=True) if group.adjust(number)])
+        numbers = [group.tying.checked_strength(value) for group in groups]
+        _retrace_groups([group for group, number in zip(groups, numbers, strict=True) if group.adjust(number)])
 
     def _groups(self) -> list[TiedGroup]:
         """The groups, each with a number to change."""
         groups = self.registry.select(self.names, statistics=False)
         for group in groups:
-            if not isinstance(group.rule.strength, float):
+            if not isinstance(group.tying.strength, float):
                 raise EqualizeError(
                     f"FactorSchedule cannot change the strength of group '{group.name}': expected a rule with a number "
                     f"for it; received {group.describe()}. Call `registry.replace({group.name!r}, rule)` instead."
                 )
         return groups
 
-    def _retrace(self, groups: Sequence[TiedGroup]) -> None:
-        """Has the steps of all models that hold a member retraced, also of those that are trained elsewhere."""
-        if groups:
-            living.retrace(member.variable for group in groups for member in group.members)
-
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
-            logs.update({f"factor/{group.name}": group.rule.strength for group in self._groups()})
+            logs.update({f"factor/{group.name}": group.tying.strength for group in self._groups()})
+
+
+def _retrace_groups(groups: Sequence[TiedGroup]) -> None:
+    """Has the steps of all models that hold a member retraced, also of those that are trained elsewhere."""
+    if groups:
+        living.retrace(member.variable for group in groups for member in group.members)
+
+
+class PeriodicSync(keras.callbacks.Callback):
+    """Makes the members of groups equal after every so manieth step, and leaves them alone in between.
+
+    Local SGD: replicas that are trained on different data agree now and then, to the mean of what they have become, as
+    federated averaging does. The mean is that of the weights that `GroupRegistry.tie` was given. With an outer
+    optimizer the change of the mean since the last time counts as the gradient of what they agree on, and the outer
+    optimizer takes a step: with Nesterov's momentum that is DiLoCo.
+
+    Members are equal, bit for bit, after the steps that it synchronizes, and not after others: when training ends
+    between two, call `registry.sync("mean")`. What `equalize.constraints.Follow` has follow takes its step here in
+    place of the optimizer's; on JAX, where an optimizer moves only what it trains, that is the way.
+
+    Steps are those of `fit`, counted over all its epochs: batches, each with one call of the optimizer. Where several
+    run at once (`steps_per_execution`), members are synchronized after those among which the step was. The outer
+    optimizer's state lives with this object and is in no file of the model.
+
+    Args:
+        registry: The `equalize.GroupRegistry` that has the groups.
+        names: Name of a group or of a tie of layers, or a list of them; all groups where it is None.
+        every: The number of steps from one time to the next.
+        method: What members become, as in `GroupRegistry.sync`: `"mean"`, or `"first"`.
+        outer_optimizer: A Keras optimizer, its name or its config, for what members agree on; None for their mean.
+
+    Raises:
+        TypeError: `registry` is not a registry, or another argument is of the wrong type.
+        EqualizeError: `every` is below 1, `method` is unknown, or it is `"first"` with an outer optimizer; or when
+            training starts, a group is unknown.
+        NotLinkedError: Training starts, and no group has a member in the model.
+
+    Example:
+    >>> import keras, numpy as np, equalize
+    >>> inputs = keras.Input((3,))
+    >>> left, right = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Model(inputs, keras.layers.Add()([left(inputs), right(inputs)]))
+    >>> registry = equalize.GroupRegistry()
+    >>> group = registry.tie("replicas", [left.kernel, right.kernel], None)
+    >>> model.compile("sgd", "mse")
+    >>> sync = equalize.callbacks.PeriodicSync(registry, "replicas", every=2)
+    >>> history = model.fit(np.ones((8, 3)), np.ones((8, 2)), batch_size=2, verbose=0, callbacks=[sync])
+    >>> registry.spread()  # after four steps
+    {'replicas': 0.0}
+
+    Reference:
+        McMahan et al., Communication-efficient learning of deep networks from decentralized data (2017), algorithm 1;
+        Stich, Local SGD converges fast and communicates little (2019); Douillard et al., DiLoCo: Distributed
+        low-communication training of language models (2023), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        registry: GroupRegistry,
+        names: str | Sequence[str] | None = None,
+        *,
+        every: int,
+        method: str = "mean",
+        outer_optimizer: Any = None,
+    ):
+        super().__init__()
+        self.registry = checked_registry(registry)
+        self.names = () if names is None else arguments.names("names", names)
+        self.every = arguments.integer("every", every, low=1)
+        self.method = arguments.option("method", method, ("first", "mean"))
+        self.outer_optimizer: Any = None
+        if outer_optimizer is not None:
+            self.outer_optimizer = configs.optimizer("outer_optimizer", outer_optimizer)
+        if outer_optimizer is not None and method != "mean":
+            raise EqualizeError(
+                f'An outer optimizer needs the change of the mean. Expected: `method="mean"`. Received: {method!r}.'
+            )
+        self._agreed: dict[str, keras.Variable] = {}
+        self._driven = contextlib.ExitStack()
+        self._steps = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        groups = self._groups()
+        trained = {id(variable) for variable in self.model.variables}
+        if not any(id(member.variable) in trained for group in groups for member in group.members):
+            raise NotLinkedError(
+                f"PeriodicSync has nothing to synchronize in the model '{self.model.name}': expected groups with a "
+                f"member there, received {[group.name for group in groups]}. Give it the registry of this model."
+            )
+        for group in groups:
+            self._driven.enter_context(group.driven())
+        _retrace_groups([group for group in groups if group.tying.directed])
+        self._steps = 0
+        for group in self._led() if self.outer_optimizer is not None else ():
+            value = group.value
+            if group.name not in self._agreed:
+                self._agreed[group.name] = keras.Variable(value, dtype=backend.dtype(value), name="agreed")
+            self._agreed[group.name].assign(value)
+        if self.outer_optimizer is not None and not self.outer_optimizer.built:
+            self.outer_optimizer.build(list(self._agreed.values()))
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._before = self._steps
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        last, self._steps = self._steps, self._before + batch + 1
+        if last // self.every != self._steps // self.every:
+            self.synchronize()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._driven.close()
+        _retrace_groups([group for group in self._groups() if group.tying.directed])
+
+    def synchronize(self) -> None:
+        """Makes the members equal now."""
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        for group in self._groups():
+            if group.tying.directed:
+                group.project()
+            elif group.name not in self._agreed:
+                group.sync(self.method)
+        led = self._led() if self._agreed else []
+        if led:
+            changes = [self._agreed[group.name].value - group.value for group in led]
+            self.outer_optimizer.apply(changes, [self._agreed[group.name] for group in led])
+        for group in led:
+            group.assign(self._agreed[group.name].value)
+
+    def _groups(self) -> list[TiedGroup]:
+        return self.registry.select(self.names)
+
+    def _led(self) -> list[TiedGroup]:
+        """The groups for which the outer optimizer takes steps: those that nothing holds."""
+        groups = [group for group in self._groups() if group.tying.same_shape and not group.of_statistics]
+        return [group for group in groups if not any(member.anchor for member in group.members)]
 
 
 class TiedCheckpoint(keras.callbacks.ModelCheckpoint):

@@ -1,8 +1,8 @@
 """Constraints: what an optimizer step is followed by.
 
-`Equal` ties the variables of a group, fully or in part; `Invariant` keeps one variable symmetric. Both are Keras
-constraints, for the arguments `kernel_constraint`, `bias_constraint` and so on of layers. Subclass `GroupConstraint`
-for a projection of your own.
+`Equal` ties the variables of a group, fully or in part; `Follow` has some move towards another; `Invariant` keeps one
+variable symmetric. All are Keras constraints, for the arguments `kernel_constraint`, `bias_constraint` and so on of
+layers. Subclass `GroupConstraint` for a projection of your own.
 """
 
 import abc
@@ -21,7 +21,7 @@ from equalize._ties import effects, rules
 from equalize.errors import EqualizeError
 from equalize.views import View
 
-__all__ = ["Equal", "GroupConstraint", "Invariant"]
+__all__ = ["Equal", "Follow", "GroupConstraint", "Invariant"]
 
 
 class GroupConstraint(rules.Rule, keras.constraints.Constraint):
@@ -187,6 +187,85 @@ class Equal(GroupConstraint):
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"rate": self.rate, "weight": self.weight}
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class Follow(GroupConstraint):
+    """Has the first variable of a group lead and the others follow: `w ← w + rate·(leader − w)`.
+
+    They become an exponential moving average of the leader, which is never changed, by a step after every one of the
+    optimizer: the teacher of a mean teacher, the target
+    of BYOL, the momentum encoder of MoCo, the target network of Q-learning. `Equal` pulls both ways, so it is something
+    else: with `teacher.trainable = False` it pulls the student to the teacher, which stays.
+
+    What follows need not be trainable, need not get gradients and need not be in the model that is trained. Leave it
+    out of the training: `teacher.trainable = False`. It starts where it is; `registry.sync("first", name)` makes it a
+    copy of the leader. A step of gradient accumulation is one step, and one that loss scaling skips is none. A leader
+    that is in a hard group as well is followed as that group has it.
+
+    On JAX an optimizer changes only what it trains, so members that are not trainable follow by
+    `equalize.callbacks.PeriodicSync(registry, every=1)` in `fit`.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        rate: How far each member moves towards the leader, in [0, 1]: 1 copies it, 0 leaves the members where they
+            are. With the decay τ of an average it is 1 − τ. `equalize.callbacks.FactorSchedule` changes it.
+        every: Members follow at every so manieth step only. With `rate=1.0` that is the hard update of a target
+            network.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+
+    Raises:
+        EqualizeError: `group` is empty, or `rate` or `every` is out of range; in training on JAX: what follows is not
+            among what the optimizer trains.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: Training starts and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> student, teacher = keras.Sequential([keras.layers.Dense(2)]), keras.Sequential([keras.layers.Dense(2)])
+    >>> student.build((None, 4)), teacher.build((None, 4))
+    (None, None)
+    >>> teacher.trainable = False
+    >>> registry = equalize.GroupRegistry()
+    >>> groups = registry.tie("teacher", [student, teacher], equalize.constraints.Follow(rate=0.01))
+    >>> registry.sync("first", "teacher")  # the teacher starts as a copy
+    >>> registry.spread()
+    {'teacher/dense/kernel': 0.0, 'teacher/dense/bias': 0.0}
+
+    Reference:
+        Tarvainen and Valpola, Mean teachers are better role models (2017), equation 2; Lillicrap et al., Continuous
+        control with deep reinforcement learning (2016), for target networks.
+    """
+
+    setting = "rate"
+    one_value: ClassVar[bool] = True
+    directed: ClassVar[bool] = True
+
+    def __init__(self, group: str | None = None, *, rate: float = 1.0, every: int = 1, view: View | None = None):
+        super().__init__(group, view=view)
+        self.rate = self.checked_strength(rate)
+        self.every = arguments.integer("every", every, low=1)
+
+    @property
+    def enforced(self) -> bool:
+        return False
+
+    @property
+    def weighted(self) -> bool:
+        return False
+
+    def checked_strength(self, strength: Any) -> float:
+        return arguments.number("rate", strength, low=0.0, high=1.0)
+
+    def project(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        leader = values[self.fixed.index(True)]
+        if isinstance(self.rate, float) and self.rate == 1.0:
+            return [leader] * len(values)
+        return means.approach(values, leader, self.rate)
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        return {key: config[key] for key in ("group", "view")} | {"rate": self.rate, "every": self.every}
 
 
 @keras.saving.register_keras_serializable(package="equalize")

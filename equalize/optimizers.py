@@ -12,6 +12,7 @@ from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import validation
 from equalize._ties.bound import group_of, ties_on
+from equalize._ties.member import listing
 from equalize._ties.shared_update import SharedUpdate, reduced_gradients, shared_updates, underway, updated_indices
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
@@ -126,7 +127,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 raise EqualizeError(
                     f"`name` must not contain '/', which Keras parts names by. Received: {received(name)}."
                 )
-        inner_optimizer = _checked_optimizer(inner_optimizer)
+        inner_optimizer = _checked_inner(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self._scaled_outside = False
         self._built: _Built | None = None
@@ -134,6 +135,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self._known: frozenset[int] | None = None
         self._loaded = False
         self._problem: EqualizeError | None = None
+        registry.optimizers.add(self)
         self.registry = registry
         self.reduction = reduction
         self.inner_optimizer = inner_optimizer
@@ -408,7 +410,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         """The hard groups now, which must be those that slots were made for; found anew where ties have changed."""
         if self._built is None:
             return self._find_updates()
-        groups = [(group, group.rule, group.members) for group in self._groups(self._trained)]
+        groups = [(group, group.tying, group.members) for group in self._groups(self._trained)]
         anchors = [[member.anchor for member in members] for _, _, members in groups]
         if self._built.found is None or self._built.found[0] != (groups, anchors):
             self._built.found = (groups, anchors), self._find_updates()
@@ -460,7 +462,7 @@ def _require_all_members(update: SharedUpdate) -> None:
             f"TiedOptimizer is given a part of group '{update.group.name}': expected all {len(moving)} members that "
             f"may move, received {len(update.moving)}, without {missing[0]}. Give it the variables of all members; "
             "where optimizers differ by variable, wrap them: `TiedOptimizer(MultiOptimizer(...), registry)`."
-            f"{validation.listing(moving)}"
+            f"{listing(moving)}"
         )
 
 
@@ -476,7 +478,7 @@ def _require_one_treatment(update: SharedUpdate, optimizer: Any) -> None:
                     f"TiedOptimizer cannot train group '{update.group.name}' as one variable: the optimizer treats "
                     f"'{members[0].path}' and '{member.path}' differently. Expected: one {setting}; received "
                     f"{getattr(expected, 'name', expected)} and {getattr(value, 'name', value)}. {fix}"
-                    f"{validation.listing(members)}"
+                    f"{listing(members)}"
                 )
 
 
@@ -496,19 +498,8 @@ def _treatment(optimizer: Any, variable: keras.Variable) -> Iterator[tuple[str, 
             yield "use of AdamW in Muon", (adamw, fix)
 
 
-def _checked_optimizer(optimizer: Any) -> Any:
-    kind, get, problem = keras.optimizers.Optimizer, keras.optimizers.get, None
-    try:
-        found = (
-            configs.restored(optimizer, kind, "an optimizer", get) if isinstance(optimizer, dict) else get(optimizer)
-        )
-    except Exception as error:  # whatever Keras raises about a name or a config that it does not know
-        found, problem = None, error
-    if not isinstance(found, kind):
-        raise EqualizeError(
-            "`inner_optimizer` must be a Keras optimizer, its name or its config (of a class that is registered with "
-            f"`keras.saving.register_keras_serializable`). Received: {received(optimizer)}."
-        ) from problem
+def _checked_inner(optimizer: Any) -> Any:
+    found = configs.optimizer("inner_optimizer", optimizer)
     if isinstance(found, TiedOptimizer):
         raise EqualizeError(
             f"`inner_optimizer` must not be a TiedOptimizer itself. Received: the TiedOptimizer '{found.name}'. Give "

@@ -47,6 +47,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
 
     Attributes:
         monitors: The `equalize.callbacks.TieMonitor`s that look after the groups, as long as they exist.
+        optimizers: The `equalize.optimizers.TiedOptimizer`s that train the groups, likewise.
 
     Example:
     >>> import keras, equalize
@@ -64,6 +65,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         self._pending: list[dict[str, Any]] = []
         self._models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
         self.monitors: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def link(self, *models: keras.Model, initial: str = "first") -> "GroupRegistry":
         """Finds the rules in built models, checks the groups that they name, and makes hard groups equal.
@@ -123,7 +125,14 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return self
 
     def tie(
-        self, name: str, members: Sequence[Any], rule: Rule, *, initial: str = "first", statistics: bool = False
+        self,
+        name: str,
+        members: Sequence[Any],
+        rule: Rule | None,
+        *,
+        initial: str = "first",
+        statistics: bool = False,
+        weights: Sequence[float] | None = None,
     ) -> TiedGroup | list[TiedGroup]:
         """Ties variables, or layers weight by weight, that are already built.
 
@@ -143,7 +152,9 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             name: Name of the group; with layers, the groups are named `name/place of the weight in the layer`.
             members: Variables and constant arrays, each alone or as a pair with its view
                 (`(decoder.kernel, equalize.views.Transpose())`), or layers (models, nested blocks) of one structure.
-            rule: `equalize.constraints.Equal()` or a regularizer of `equalize.regularizers`, without a group name.
+            rule: `equalize.constraints.Equal()`, `Follow()` or a regularizer of `equalize.regularizers`, without a
+                group name. Under `Follow` the first member leads. None makes a free group, which ties nothing: it is
+                measured and compared, and synchronized by `sync` or `equalize.callbacks.PeriodicSync`.
             initial: As in `link`.
             statistics: Whether the moving statistics of the layers (of `BatchNormalization`, and whatever else that
                 is floating and not trainable they update) are kept equal too, to their mean after every step. Then
@@ -151,6 +162,9 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 step, and here each of two does so once, so they move half as fast. Statistics of frozen layers stay,
                 and the others take them. Without it a hard tie of layers that have some warns, since its members give
                 different results in inference.
+            weights: A positive number for each member, or layer, all 1 by default: how much it counts in the mean
+                that it is tied to, in `sync("mean")` and in the penalties `MeanL2` and `PairwiseL2`. With the numbers
+                of examples that each member was trained on, the mean is that of federated averaging.
 
         Returns:
             The `equalize.Group`, or the list of them where layers were given.
@@ -160,27 +174,30 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 constraints differ; a variable is in another hard group; two members that do not move differ.
             NotLinkedError: A layer is not built.
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
+            EqualizeError: `weights` are not positive, or not one for each member; or the rule has a weight.
             TypeError: A member is neither a variable, a layer nor an array, or the rule is not a rule.
         """
         arguments.option("initial", initial, _INITIAL)
         _require_values("tie")
         arguments.flag("statistics", statistics)
-        discovery.require_rule(name, rule)
+        rule = discovery.required_rule(name, rule)
         by_group, layers = discovery.members_of(name, members)
+        shares = discovery.checked_weights(name, weights, rule, len(members))
         moving = discovery.statistics_of(name, members) if layers and statistics else {}
         if statistics and not layers:
             raise EqualizeError(
                 f"`statistics=True` needs layers, which have moving statistics. Received: variables for '{name}'. Give "
                 "the layers, or leave it out."
             )
+        tie, of_statistics = name if layers else None, rule if rule.directed else Equal()
         planned = []
-        for group_name, group_members in by_group.items():
-            for member in group_members:
-                member.weight = rule.weight
+        for group_name, group_members in (by_group | moving).items():
+            for member, weight in zip(group_members, shares, strict=True):
+                member.weight = weight
                 member.view = member.view or rule.view
-            planned.append(planning.plan(self, group_name, group_members, rule, initial, name if layers else None))
-        for group_name, group_members in moving.items():
-            planned.append(planning.plan(self, group_name, group_members, Equal(), initial, name, of_statistics=True))
+            own = of_statistics if group_name in moving else rule
+            plan = planning.plan(self, group_name, group_members, own, initial, tie, of_statistics=group_name in moving)
+            planned.append(plan)
         planning.require_apart(planned)
         planning.warn_of_overwriting(planned, initial, stacklevel=3)
         if layers and rule.hard and not statistics:
@@ -191,8 +208,45 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         retrace(_variables(groups))
         return groups if layers else groups[0]
 
-    def replace(self, name: str, rule: Rule) -> None:
-        """Gives a group another rule, to go from a soft tie to a hard one, for instance.
+    def extend(self, name: str, members: Sequence[Any], *, weights: Sequence[float] | None = None) -> None:
+        """Has members join a group that `tie` made; they take its value.
+
+        Args:
+            name: Name of the group, or of a tie of layers.
+            members: As in `tie`: variables and arrays, or layers of the structure of those that are tied.
+            weights: As in `tie`, for the new members.
+
+        Raises:
+            EqualizeError: There is no such group, layers declare it, or `weights` are not as in `tie`.
+            GroupMismatchError: The members do not fit, as in `tie`; or they are layers of another structure.
+            NotLinkedError: A layer is not built.
+            TypeError: A member is neither a variable, a layer nor an array.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second, third = (keras.layers.Dense(2) for _ in range(3))
+        >>> built = [layer.build((None, 4)) for layer in (first, second, third)]
+        >>> registry = equalize.GroupRegistry()
+        >>> groups = registry.tie("heads", [first, second], equalize.constraints.Equal())
+        >>> registry.extend("heads", [third])
+        >>> len(registry["heads/kernel"].members), equalize.relation(first.kernel, third.kernel)
+        (3, 'equal')
+        """
+        _require_values("extend")
+        groups = self.select([arguments.text("name", name, "the name of a group")])
+        added = discovery.members_to_add(name, members, groups)
+        shares = discovery.checked_weights(name, weights, groups[0].tying, len(members))
+        for new in added.values():
+            for member, weight in zip(new, shares, strict=True):
+                member.weight = weight
+        changes = [planning.plan_extension(group, added[group.name], self) for group in groups]
+        for apply in changes:
+            apply()
+        self._keep_statistics()
+        retrace(_variables(groups))
+
+    def replace(self, name: str, rule: Rule | None) -> None:
+        """Gives a group another rule, to go from a soft tie to a hard one, for instance; or none, to set it free.
 
         Members, views and weights stay as they are, and so do values: what is made hard becomes equal, to its mean, in
         the next step. The next step of `fit` follows the new rule, also inside a callback; a step that was compiled by
@@ -200,7 +254,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
 
         Args:
             name: Name of the group; or of a tie of layers, all of whose groups get the rule.
-            rule: The new rule, without a group name, view or weight.
+            rule: The new rule, without a group name, view or weight; None for a free group.
 
         Raises:
             TypeError: The new rule is not a rule.
@@ -224,9 +278,20 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 f"another group. Received: {name!r}."
             )
         changes = [planning.plan_replacement(group, rule) for group in groups]
+        own = Equal() if rule is not None and not rule.directed else rule
+        for group in self._statistics_of(groups):  # which go with the weights
+            if group.tying.directed or group.rule is None or rule is None or rule.directed:
+                changes.append(planning.plan_replacement(group, own))
         for apply in changes:
             apply()
+        self._keep_statistics()
         retrace(_variables(groups))
+
+    def _statistics_of(self, groups: Sequence[TiedGroup]) -> list[TiedGroup]:
+        """The moving statistics of ties of layers all of whose weights are among some groups."""
+        ties = {group.tie for group in groups if group.tie is not None}
+        partly = {g.tie for g in self.values() if g.tie in ties and not g.of_statistics and g not in groups}
+        return [group for group in self.values() if group.of_statistics and group.tie in ties - partly]
 
     def untie(self, *names: str) -> None:
         """Dissolves groups, all where none is named; the variables keep their values, and their inner rules.
@@ -312,11 +377,11 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             A scalar tensor, differentiable in every trainable member, in the widest of the groups' dtypes and at least
             float32. Without soft groups it is 0 in `keras.config.floatx()`.
         """
-        groups = [group for group in self.select(names, statistics=False) if not group.projects or names]
+        groups = [group for group in self.select(names, statistics=False) if group.penalizes or names]
         for group in groups:
-            if group.projects:
+            if not group.penalizes:
                 raise EqualizeError(
-                    f"Group '{group.name}' has no penalty: its rule is {group.rule.describe()}, a projection. "
+                    f"Group '{group.name}' has no penalty: its rule is {group.tying.describe()}. "
                     "Expected: names of groups tied by a regularizer."
                 )
         penalties = [group.penalty() for group in groups]
@@ -331,7 +396,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         for group in groups:
             if names and not group.projects:
                 raise EqualizeError(
-                    f"Group '{group.name}' cannot be projected: its rule is {group.rule.describe()}, a penalty. "
+                    f"Group '{group.name}' cannot be projected: its rule is {group.tying.describe()}. "
                     "Expected: names of groups tied by `equalize.constraints.Equal`."
                 )
         for group in groups:
@@ -382,9 +447,9 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             TypeError: `atol` is not a number.
         """
         atol = arguments.number("atol", atol, low=0.0)
-        broken = {name: s for name, s in self.spread().items() if self[name].rule.enforced and not s <= atol}
+        broken = {name: s for name, s in self.spread().items() if self[name].tying.enforced and not s <= atol}
         if broken:
-            count = sum(group.rule.enforced for group in self.values())
+            count = sum(group.tying.enforced for group in self.values())
             lines = "".join(
                 f"\n    '{name}': spread {spread:g}, members {', '.join(str(m) for m in self[name].members)}"
                 for name, spread in broken.items()
@@ -573,8 +638,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         for group in kept:
             tie = [other for other in self.values() if other.tie == group.tie and not other.of_statistics]
             own = {id(weight) for member in group.members if member.owner for weight in member.owner.weights}
-            near = [other for other in tie if any(id(member.variable) in own for member in other.members)]
-            for other in near or tie:
+            near = [other for other in tie if any(id(member.variable) in own for member in other.members)] or tie
+            for other in near[:1] if group.tying.directed else near:  # each call of a constraint would be a step
                 attach_statistics(other, group)
             if not tie:
                 del self._groups[group.name]

@@ -39,7 +39,7 @@ class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
         inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Attributes:
-        weights: While `penalty` runs: the weight of each member, times the square of what its view stretches by.
+        weights: While `penalty` runs: the weight of each member, as `GroupRegistry.tie` was given it.
         fixed: While `penalty` runs: whether each member is an anchor, which does not move.
 
     Raises:
@@ -87,6 +87,12 @@ class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
         return arguments.number("factor", strength, low=0.0)
 
     @property
+    def _relative_weights(self) -> tuple[float, ...] | None:
+        """While `penalty` runs: the weights of the members, whose mean is 1; None where all are the same."""
+        weights = self.weights or ()
+        return None if len(set(weights)) < 2 else tuple(weight * len(weights) / sum(weights) for weight in weights)
+
+    @property
     def count(self) -> int | None:
         return len(self.factor) if isinstance(self.factor, tuple) else None
 
@@ -115,6 +121,10 @@ class _Shipped(GroupRegularizer):
     def __init__(self, group: str | None = None, factor: Any = 0.01, *, view: View | None = None, inner: Any = None):
         super().__init__(group, factor, view=view, inner=inner)
 
+    @property
+    def weighted(self) -> bool:
+        return False
+
     def _settings(self) -> dict[str, Any]:
         return {"factor": rules.Short(self.get_config()["factor"])}
 
@@ -137,6 +147,9 @@ class MeanL2(_Shipped):
     A constant counts in the mean like any other member. So one variable tied to one array w₀, or to one frozen
     variable, has the mean (w + w₀) / 2 and the penalty ½ · factor · ‖w − w₀‖². With w₀ the pretrained weights that is
     L2-SP, and `factor` is its α (Li, Grandvalet and Davoine 2018, equation 2).
+
+    With weights that `GroupRegistry.tie` is given it is factor · Σ_i a_i · ‖w_i − mean‖², with the mean by the same
+    weights: a_i is the weight of a member, divided by the mean of all weights.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
@@ -168,8 +181,12 @@ class MeanL2(_Shipped):
         elastic averaging SGD (2015), equation 2.
     """
 
+    @property
+    def weighted(self) -> bool:
+        return True
+
     def penalty(self, values: Sequence[Tensor]) -> Tensor:
-        return penalties.mean_l2(values)
+        return penalties.mean_l2(values, self._relative_weights)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -212,8 +229,12 @@ class PairwiseL2(_Shipped):
 
     pairwise = True
 
+    @property
+    def weighted(self) -> bool:
+        return self._matrix is None
+
     def penalty(self, values: Sequence[Tensor]) -> Tensor:
-        return penalties.pairwise_l2(values, self._matrix)
+        return penalties.pairwise_l2(values, self._matrix, self._relative_weights)
 
 
 @keras.saving.register_keras_serializable(package="equalize")

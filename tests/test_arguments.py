@@ -23,7 +23,7 @@ from keras import ops
 import equalize
 from equalize import callbacks, constraints, optimizers, regularizers, saving, views
 from equalize._ties.rules import Rule
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Follow
 from equalize.errors import EqualizeError
 from equalize.regularizers import MeanL2, PairwiseNorm
 from equalize.views import Scale, Transpose, View
@@ -280,6 +280,10 @@ def replace(w, name, rule):
 # How to call each public name, and arguments that are in order.
 CALLS = {
     "GroupRegistry.replace": (replace, lambda w: {"name": "soft", "rule": MeanL2(factor=1.0)}),
+    "GroupRegistry.extend": (
+        of(lambda w: w.registry.extend),
+        lambda w: {"name": "soft", "members": [w.e, (w.f, Transpose())], "weights": [2, 3]},
+    ),
     "GroupRegistry.link": (
         unpacked(lambda w: w.registry.link),
         lambda w: {"arguments": [w.linkable], "initial": "mean"},
@@ -287,6 +291,10 @@ CALLS = {
     "GroupRegistry.tie": (
         of(lambda w: w.registry.tie),
         lambda w: {"name": "new", "members": [w.e, (w.f, Transpose())], "rule": Equal(), "initial": "mean"},
+    ),
+    "GroupRegistry.tie, weights": (
+        of(lambda w: w.registry.tie),
+        lambda w: {"name": "new", "members": [w.e, w.f], "rule": MeanL2(), "weights": [0.5, 2]},
     ),
     "GroupRegistry.tie, statistics": (
         of(lambda w: w.registry.tie),
@@ -323,6 +331,10 @@ CALLS = {
         callbacks.FactorSchedule,
         lambda w: {"registry": w.registry, "names": ["soft"], "schedule": len},
     ),
+    "callbacks.PeriodicSync": (
+        callbacks.PeriodicSync,
+        lambda w: {"registry": w.registry, "names": "soft", "every": 3, "method": "mean", "outer_optimizer": "sgd"},
+    ),
     "callbacks.TieMonitor.plot": (drawing(lambda w: monitor_after_an_epoch(w).plot), lambda w: {"path": "spread.svg"}),
     "callbacks.TieMonitor": (callbacks.TieMonitor, lambda w: {"registry": w.registry, "atol": 0.5, "repair": True}),
     "callbacks.TiedCheckpoint": (
@@ -330,6 +342,7 @@ CALLS = {
         lambda w: {"filepath": "last.keras", "registry": w.registry},
     ),
     "constraints.Equal": rule_calls(Equal, rate=0.5, weight=2.0),
+    "constraints.Follow": (Follow, lambda w: {"group": "name", "rate": 0.5, "every": 2, "view": Transpose()}),
     "constraints.GroupConstraint": rule_calls(ToZero),
     "constraints.Invariant": (constraints.Invariant, lambda w: {"views": [Transpose()], "inner": "non_neg"}),
     "optimizers.TiedOptimizer": (

@@ -126,6 +126,16 @@ def the_parameters_that_torch_knows():
         assert not any(parameter is old.value for parameter in two.parameters())
 
 
+def how_often_an_optimizer_was_applied():
+    """With every micro-step, of which `iterations` counts none."""
+    variable = keras.Variable(ops.zeros(2))
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+    for _ in range(4):
+        optimizer.apply([ops.ones(2)], [variable])
+    assert int(optimizer.iterations) == 1
+    assert int(keras_private.steps_taken(optimizer)) == 4
+
+
 def the_variables_of_an_optimizer():
     optimizer = keras.optimizers.SGD()
     variables = built(optimizer)
@@ -195,6 +205,7 @@ USES = {
     "applying": the_call_of_an_optimizer_that_runs,
     "replace_variable": tracking_another_variable,
     "replace_torch_parameter": the_parameters_that_torch_knows,
+    "steps_taken": how_often_an_optimizer_was_applied,
     "updated_variables": the_variables_of_an_optimizer,
     "decays": what_weight_decay_applies_to,
     "optimizer_for": the_optimizer_that_several_leave_to_a_variable,

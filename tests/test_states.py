@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from keras import ops
 
 import equalize
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Follow
 from equalize.errors import EqualizeError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
-from equalize.views import Scale, Transpose
+from equalize.views import Pattern, Scale, Slice, Transpose
 from tests.conftest import bits
 
 COUNT = 5
@@ -27,9 +27,13 @@ rules = st.one_of(
     st.just(Equal()),
     st.just(Equal(inner="non_neg")),
     st.sampled_from([0.25, 0.5]).map(lambda rate: Equal(rate=rate)),
+    st.sampled_from([0.5, 1.0]).map(lambda rate: Follow(rate=rate)),
+    st.none(),
     st.sampled_from(SOFT).map(lambda rule: rule(factor=0.125)),
 )
-views = st.sampled_from([None, None, Transpose(), Scale(-2.0)])
+LEFT, RIGHT = Slice((0, 0), (2, 1)), Slice((0, 1), (2, 1))
+REPEATED = Pattern([[0, 1], [1, 0]], (2, 1))
+views = st.sampled_from([None, None, Transpose(), Scale(-2.0), LEFT, RIGHT, REPEATED])
 names = st.sampled_from(["one", "two", "three"])
 places = st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4)
 
@@ -72,7 +76,7 @@ class Registry(stateful.RuleBasedStateMachine):
 
     def picture(self):
         described = [
-            (name, group.rule.describe(), [m.path for m in group.members]) for name, group in self.registry.items()
+            (name, group.tying.describe(), [m.path for m in group.members]) for name, group in self.registry.items()
         ]
         on = [(repr(kernel.constraint), repr(kernel.regularizer)) for kernel in self.kernels]
         return described, on, [bits(kernel) for kernel in self.kernels]
@@ -82,9 +86,7 @@ class Registry(stateful.RuleBasedStateMachine):
         given = [self.kernels[i] if view is None else (self.kernels[i], view) for i, view in members]
         initial = "mean" if len(members) % 2 else "first"
         if self.attempt(lambda: self.registry.tie(name, given, rule, initial=initial)):
-            distinct = len({i for i, _ in members}) == len(members)
             assert name not in self.groups
-            assert distinct
             self.groups[name] = [i for i, _ in members]
             self.wrote(self.groups[name])
             self.settled |= {name} if self.registry[name].hard else set()
@@ -97,8 +99,16 @@ class Registry(stateful.RuleBasedStateMachine):
 
     @stateful.rule(name=names, rule=rules)
     def replace(self, name, rule):
-        if name in self.groups and self.attempt(lambda: setattr(self.registry[name], "rule", rule)):
+        if name in self.groups and self.attempt(lambda: self.registry.replace(name, rule)):
             self.settled.discard(name)
+
+    @stateful.rule(name=names, i=st.integers(0, COUNT - 1), view=views)
+    def extend(self, name, i, view):
+        member = self.kernels[i] if view is None else (self.kernels[i], view)
+        if name in self.groups and self.attempt(lambda: self.registry.extend(name, [member])):
+            self.groups[name].append(i)
+            self.wrote(self.groups[name])
+            self.settled |= {name} if self.registry[name].hard else set()
 
     @stateful.rule(name=st.none() | names, method=st.sampled_from(["first", "mean"]))
     def sync(self, name, method):
@@ -124,7 +134,8 @@ class Registry(stateful.RuleBasedStateMachine):
         if not variables:
             return
         gradients = [ops.convert_to_tensor(self.random.normal(size=(2, 2)).astype("float32")) for _ in variables]
-        frozen = {i: bits(self.kernels[i]) for i in range(COUNT) if not self.layers[i].trainable}
+        still = [i for i in range(COUNT) if not self.layers[i].trainable and i not in self.followers()]
+        frozen = {i: bits(self.kernels[i]) for i in still}
         optimizer = keras.optimizers.SGD(0.125)
         optimizer = TiedOptimizer(optimizer, self.registry) if exact else optimizer
         # Keras asks constraints when its own optimizers have written already: too late where anchors differ.
@@ -136,7 +147,7 @@ class Registry(stateful.RuleBasedStateMachine):
             written = {i for i in range(COUNT) if any(self.kernels[i] is variable for variable in variables)}
             for name, members in self.groups.items():
                 if self.registry[name].projects and written & set(members):
-                    self.wrote(members)
+                    self.wrote([i for i in members if i in self.followers()] or members)
                     self.settled |= {name} if self.registry[name].hard else set()
 
     @stateful.initialize(rule=rules, count=st.integers(2, 4))
@@ -163,7 +174,7 @@ class Registry(stateful.RuleBasedStateMachine):
         kernels = [layer.kernel for layer in clone.layers if layer.weights]
         for name, members in self.groups.items():
             group = copied[0][name]
-            assert group.rule.describe() == self.registry[name].rule.describe()
+            assert group.tying.describe() == self.registry[name].tying.describe()
             assert [place_of(member.variable, kernels) for member in group.members] == members
             assert group.spread() == 0.0 or not group.hard or (itself and name not in self.settled)
         assert copied[0].keys() == self.registry.keys()
@@ -196,6 +207,11 @@ class Registry(stateful.RuleBasedStateMachine):
         """How many members of a group do not move."""
         return sum(not self.layers[i].trainable for i in self.groups[name])
 
+    def followers(self):
+        """The places of what follows, which moves though it is frozen."""
+        members = [member for group in self.registry.values() for member in group.members if member.leads is False]
+        return {place_of(member.variable, self.kernels) for member in members}
+
     def wrote(self, places):
         """Hard groups that share a variable with what was written may have come apart."""
         written = set(places)
@@ -217,13 +233,17 @@ class Registry(stateful.RuleBasedStateMachine):
             assert self.registry[name].spread() == 0.0
 
     @stateful.invariant()
-    def no_variable_is_projected_by_two_groups(self):
-        projected = [set(m) for name, m in self.groups.items() if self.registry[name].projects]
-        assert not any(a & b for a, b in itertools.combinations(projected, 2))
+    def no_entry_is_projected_by_two_groups_or_in_one_twice(self):
+        groups = [group.members for group in self.registry.values() if group.projects]
+        projected = [[member for member in members if not member.leads] for members in groups]
+        for one, other in itertools.combinations(projected, 2):
+            assert not any(a.overlaps(b) for a in one for b in other)
+        for group in self.registry.values():
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(group.members, 2))
 
     @stateful.invariant()
     def penalties_are_finite_and_shares_add_up(self):
-        soft = [name for name, group in self.registry.items() if not group.projects]
+        soft = [name for name, group in self.registry.items() if group.penalizes]
         total = float(ops.convert_to_numpy(self.registry.penalty()))
         assert np.isfinite(total)
         assert total >= -1e-6

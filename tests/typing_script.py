@@ -7,8 +7,8 @@ import keras
 import numpy as np
 
 import equalize
-from equalize.callbacks import FactorSchedule, TiedCheckpoint, TieMonitor
-from equalize.constraints import Equal, GroupConstraint, Invariant
+from equalize.callbacks import FactorSchedule, PeriodicSync, TiedCheckpoint, TieMonitor
+from equalize.constraints import Equal, Follow, GroupConstraint, Invariant
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, GroupRegularizer, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
@@ -43,6 +43,13 @@ class Energy(GroupRegularizer):
 
 def custom() -> list[SumToZero | Energy]:
     return [SumToZero("towers", view=Flip(0)), Energy("towers", 0.5)]
+
+
+def follow(registry: equalize.GroupRegistry, student: keras.Model, teacher: keras.Model) -> PeriodicSync:
+    registry.tie("teacher", [student, teacher], Follow(rate=0.01, every=2), statistics=True)
+    registry.tie("free", [student, teacher], None, weights=[3, 1])
+    registry.extend("free", [teacher], weights=[2])
+    return PeriodicSync(registry, "free", every=10, outer_optimizer=keras.optimizers.SGD(0.7, nesterov=True))
 
 
 def symmetric() -> Invariant:

@@ -6,7 +6,15 @@ their way through Keras's objects.
 
 import keras
 
-from equalize._backend.common import current_scope, dtype, in_symbolic_scope, is_purged, is_variable, is_visible
+from equalize._backend.common import (
+    current_scope,
+    dtype,
+    in_symbolic_scope,
+    is_purged,
+    is_variable,
+    is_visible,
+    widest_dtype,
+)
 from equalize._backend.keras_private import applying
 from equalize._backend.tensors import Columns, Tensor, WriteTracker
 
@@ -24,6 +32,7 @@ else:
 
 __all__ = ["Columns", "Tensor", "WriteTracker"]
 __all__ += ["applying", "current_scope", "dtype", "in_symbolic_scope", "is_purged", "is_variable", "is_visible"]
+__all__ += ["widest_dtype"]
 
 # ---- values of variables
 

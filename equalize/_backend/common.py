@@ -1,5 +1,6 @@
 """What is the same on every backend, or differs only in what Keras knows."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -7,7 +8,7 @@ import keras
 from equalize._backend import keras_private
 from equalize._backend.keras_private import in_symbolic_scope, is_variable
 
-__all__ = ["current_scope", "dtype", "in_symbolic_scope", "is_purged", "is_variable", "is_visible"]
+__all__ = ["current_scope", "dtype", "in_symbolic_scope", "is_purged", "is_variable", "is_visible", "widest_dtype"]
 
 
 def current_scope() -> Any:
@@ -28,6 +29,13 @@ def is_visible(variable: keras.Variable) -> bool:
 def is_purged(variable: keras.Variable) -> bool:
     """Whether Keras took the value away: while `fit` runs on JAX only the step holds it (Keras 3.15)."""
     return keras_private.held_value(variable) is None
+
+
+def widest_dtype(dtypes: Iterable[str]) -> str | None:
+    """The floating dtype that holds all numbers of some; None where none of them does."""
+    found = set(dtypes)
+    widest = [dtype for dtype in ("float64", "float32", "bfloat16", "float16") if dtype in found]
+    return widest[0] if widest and not (len(found) > 1 and widest[0] == "bfloat16") else None
 
 
 def dtype(x: Any) -> str:

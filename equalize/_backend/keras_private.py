@@ -93,6 +93,11 @@ def replace_torch_parameter(layer: keras.Layer, old: keras.Variable, new: keras.
         layer._post_track_variable(new)
 
 
+def steps_taken(optimizer: keras.optimizers.Optimizer) -> Any:
+    """How often `apply` has run, with every micro-step of gradient accumulation, of which `iterations` counts none."""
+    return optimizer._iterations
+
+
 def updated_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The variables that an optimizer was built for."""
     return optimizer._trainable_variables

@@ -51,6 +51,18 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
     return converted
 
 
+def positive_numbers(name: str, values: Any) -> list[float]:
+    """A list of positive numbers.
+
+    Raises:
+        TypeError: It is not a list, a tuple or an array, or something in it is not a number.
+        EqualizeError: A number is not positive and finite.
+    """
+    if not isinstance(values, (list, tuple, np.ndarray)) or (isinstance(values, np.ndarray) and values.ndim != 1):
+        raise TypeError(f"`{name}` must be a list of numbers. Received: {received(values)}.")
+    return [number(name, value, low=0.0, low_open=True) for value in values]
+
+
 def integers(name: str, values: Any) -> tuple[int, ...]:
     """An integer, or a list of them, as a tuple.
 

@@ -54,3 +54,22 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
             f"`keras.saving.register_keras_serializable`. Received: {received(config)}."
         )
     return made
+
+
+def optimizer(name: str, given: Any) -> Any:
+    """The argument `name`: a Keras optimizer, from an object, a name or a config.
+
+    Raises:
+        EqualizeError: It is something else.
+    """
+    kind, get, problem = keras.optimizers.Optimizer, keras.optimizers.get, None
+    try:
+        found = restored(given, kind, "an optimizer", get) if isinstance(given, dict) else get(given)
+    except Exception as error:  # whatever Keras raises about a name or a config that it does not know
+        found, problem = None, error
+    if not isinstance(found, kind):
+        raise EqualizeError(
+            f"`{name}` must be a Keras optimizer, its name or its config (of a class that is registered with "
+            f"`keras.saving.register_keras_serializable`). Received: {received(given)}."
+        ) from problem
+    return found

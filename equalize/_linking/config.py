@@ -50,8 +50,9 @@ def _group_config(group: TiedGroup, found: Mapping[int, places.Places]) -> dict[
             entry |= {"path": member.path, "shape": list(variable.shape), "dtype": backend.dtype(variable)}
             entry["places"] = [list(place) for place in found[id(variable)]]
         members.append(entry)
-    rule = group.present_rule
-    rule = keras.saving.serialize_keras_object(rule)  # what else is on the variables is found there
+    rule = None
+    if group.rule is not None:
+        rule = keras.saving.serialize_keras_object(group.present_rule)  # what else is on the variables is found there
     entry = {"name": group.name, "rule": rule, "members": members}
     entry |= {} if group.tie is None else {"tie": group.tie}
     return entry | ({"statistics": True} if group.of_statistics else {})
@@ -84,7 +85,7 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
             raise _damaged("a name of its own for each group", entry["name"])
         seen.add(entry["name"])
         try:
-            discovery.require_rule(entry["name"], rule_of(entry))
+            discovery.required_rule(entry["name"], rule_of(entry))
             for member in entry["members"]:
                 _weight_of(member)
                 view = rules.checked_view(member["view"])
@@ -94,14 +95,15 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
                     _array_of(member["constant"])
         except (EqualizeError, TypeError) as error:
             raise EqualizeError(f"The config of group '{entry['name']}' is damaged. {error} {_UNCHANGED}") from error
-        if "statistics" in entry and not rule_of(entry).hard:
+        rule = rule_of(entry)
+        if "statistics" in entry and not (rule.hard or rule.directed or isinstance(rule, rules.Free)):
             raise _damaged(f"a hard tie of the moving statistics '{entry['name']}'", entry["rule"])
     return copy.deepcopy(config["groups"])
 
 
 def rule_of(entry: dict[str, Any]) -> Rule:
     """The rule of a group's config."""
-    return configs.restored(entry["rule"], Rule, "a rule of equalize")
+    return rules.Free() if entry["rule"] is None else configs.restored(entry["rule"], Rule, "a rule of equalize")
 
 
 def members_of(

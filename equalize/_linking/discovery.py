@@ -11,10 +11,10 @@ from equalize import _backend as backend
 from equalize._backend import attributes, keras_private, living
 from equalize._inputs import arguments
 from equalize._inputs.arguments import received
-from equalize._linking import pairing, validation
+from equalize._linking import pairing
 from equalize._ties.bound import group_of, rule_of, ties_on
-from equalize._ties.member import Member
-from equalize._ties.rules import Rule
+from equalize._ties.member import Member, listing
+from equalize._ties.rules import Free, Rule
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.views import View
@@ -90,13 +90,20 @@ def existing_group(name: str, entries: Entries, known: TiedGroup | None) -> Tied
     )
 
 
-def require_rule(name: str, rule: Any) -> None:
-    """Raises unless `rule` can tie the group `name`."""
+def required_rule(name: str, rule: Any) -> Rule:
+    """The argument `rule` of what ties the group `name`.
+
+    Raises:
+        TypeError: It is not a rule.
+        EqualizeError: It names another group, or brings one.
+    """
     arguments.text("name", name, "the name of the group")
+    if rule is None:
+        return Free()
     if not isinstance(rule, Rule):
         raise TypeError(
             "`rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()` or "
-            f"`equalize.regularizers.MeanL2(factor=0.01)`. Received: {received(rule)}."
+            f"`equalize.regularizers.MeanL2(factor=0.01)`; or None. Received: {received(rule)}."
         )
     if isinstance(rule.inner, Rule):
         raise EqualizeError(
@@ -108,6 +115,7 @@ def require_rule(name: str, rule: Any) -> None:
             f"`tie` was given the name '{name}' and a rule of group '{rule.group}'. Expected: one name. Leave the "
             f"group out of the rule: {rule.describe()}."
         )
+    return rule
 
 
 def statistics_of(name: str, layers: Sequence[Any]) -> dict[str, list[Member]]:
@@ -125,6 +133,71 @@ def statistics_of(name: str, layers: Sequence[Any]) -> dict[str, list[Member]]:
         f"{name}/{place}": [Member(variable, owner=known[id(variable)]) for variable in variables]
         for place, variables in paired.items()
     }
+
+
+def checked_weights(name: str, weights: Any, rule: Rule, count: int) -> list[float]:
+    """How much each member, or layer, counts in a mean.
+
+    Raises:
+        EqualizeError: They are not positive, or not one for each; or the rule has a weight, which is for layers that
+            declare it.
+        TypeError: They are not numbers.
+    """
+    if rule.weight != 1.0:
+        raise EqualizeError(
+            f"The rule of group '{name}' has the weight {rule.weight:g}, which says nothing of many members. Expected: "
+            f"`weights=[...]`, a number for each member. Received: {received(rule)}."
+        )
+    if weights is None:
+        return [1.0] * count
+    given = arguments.positive_numbers("weights", weights)
+    if len(given) != count:
+        raise EqualizeError(
+            f"`weights` of '{name}' must have a number for each of {arguments.counted(count, 'member')}. Received: "
+            f"{received(weights)}."
+        )
+    return given
+
+
+def members_to_add(name: str, members: Any, groups: Sequence[TiedGroup]) -> dict[str, list[Member]]:
+    """The members that join each group of a tie, by the groups' names.
+
+    Raises:
+        EqualizeError: Layers declare a group.
+        GroupMismatchError: There are none, or layers have another structure.
+        NotLinkedError: A layer is not built.
+        TypeError: A member is of no known type.
+    """
+    declared = next((group for group in groups if group.declared), None)
+    if declared is not None:
+        raise EqualizeError(
+            f"Group '{declared.name}' is declared by its layers, and a member that is added would not be in their "
+            f"configs. Expected: a layer with {declared.tying.having(group=declared.name)!r} in it, and "
+            "`registry.link(model)` once more."
+        )
+    if groups[0].tie is None:
+        if not isinstance(members, (list, tuple)) or any(isinstance(member, keras.Layer) for member in members):
+            raise TypeError(
+                f"`members` of '{name}' must be a list of variables or arrays, as its members are. Received: "
+                f"{received(members)}."
+            )
+        return {name: members_of(name, members)[0][name]}
+    if not isinstance(members, (list, tuple)) or not all(isinstance(member, keras.Layer) for member in members):
+        raise TypeError(f"`members` of '{name}' must be a list of layers. Received: {received(members)}.")
+    task = f"Cannot add layers to the tie '{name}'"
+    added: dict[str, list[Member]] = {}
+    for part, own in ((False, pairing.made_trainable), (True, pairing.statistics)):
+        names = [group.name for group in groups if group.of_statistics == part]
+        paired = pairing.paired_weights(task, members, own) if names else {}
+        known = owners(members) if part else {}
+        if len(paired) != len(names):
+            raise GroupMismatchError(
+                f"{task}: their structures differ. Expected: {arguments.counted(len(names), 'weight')}, "
+                f"{', '.join(names)}; received {', '.join(paired) or 'none'}. Take layers of one structure."
+            )
+        for group, variables in zip(names, paired.values(), strict=True):
+            added[group] = [Member(variable, owner=known.get(id(variable))) for variable in variables]
+    return added
 
 
 def owners(layers: Sequence[keras.Layer]) -> dict[int, keras.Layer]:
@@ -247,7 +320,7 @@ def _carries_rule(layer: keras.Layer) -> bool:
 
 
 def _lines(members: Sequence[Member]) -> str:
-    return validation.listing(members).removeprefix("\nMembers:")
+    return listing(members).removeprefix("\nMembers:")
 
 
 def undeclare(groups: Sequence[TiedGroup]) -> None:

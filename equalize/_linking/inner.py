@@ -23,7 +23,9 @@ def inner_for(name: str, rule: Rule, members: Sequence[Member]) -> list[Any]:
         GroupMismatchError: The rule and a variable each bring one, or the members of a projection bring different
             ones: there is one common value, so there can be one constraint.
     """
-    found = [bound.own(getattr(member.variable, rule.slot)) for member in members]
+    found = [bound.own(getattr(member.variable, rule.slot, None)) for member in members]
+    if rule.directed or rule.slot == "none":
+        return found  # no value is common to what leads and what follows
     given = effects.Effect(rule.inner)
     for member, existing in zip(members, found, strict=True):
         if rule.inner is not None and existing is not None and not _same(given, _effect(existing, member), member):
@@ -49,7 +51,7 @@ def inner_for(name: str, rule: Rule, members: Sequence[Member]) -> list[Any]:
 
 def common_inner(rule: Rule, members: Sequence[Member], inner: Sequence[Any]) -> Any:
     """What goes on inside the rule of a group: for a projection the members' one constraint, of the common value."""
-    if rule.slot != "constraint" or rule.inner is not None:
+    if rule.slot != "constraint" or rule.inner is not None or rule.directed:
         return rule.inner
     member, kept = next((m, i) for m, i in zip(members, inner, strict=True) if not m.constant)
     effect = _effect(kept, member)

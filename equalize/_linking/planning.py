@@ -12,7 +12,7 @@ from equalize._backend import living, wrapping
 from equalize._linking import config, discovery, places, validation
 from equalize._linking.inner import common_inner, inner_for
 from equalize._ties import bound, effects
-from equalize._ties.member import Member
+from equalize._ties.member import Member, listing
 from equalize._ties.rules import Rule
 from equalize._ties.tied_group import TiedGroup, require_anchors_agree
 from equalize.errors import EqualizeError, GroupMismatchError
@@ -33,10 +33,10 @@ class Plan:
     def establish(self, initial: str) -> TiedGroup:
         """Binds the members, and makes a hard group equal."""
         if not self.group.of_statistics:
-            _attach(self.group, self.inner)
+            _attach(self.group, zip(self.group.members, self.inner, strict=True))
         if self.group.hard:
             self.group.sync(initial)
-        elif not self.group.rule.same_shape:
+        elif not self.group.tying.same_shape:
             self.group.project()
         return self.group
 
@@ -69,11 +69,9 @@ def plan(
             f"There is a group '{name}' already: {groups[name]!r}. Expected: a new name. Call `untie({name!r})` "
             "first, or choose another name."
         )
-    validation.require_several(name, members, groups)
-    rules = [rule] * len(members)
-    validation.require_fit(name, members, rules)
+    _require_mates(name, members, rule, groups)
     if rule.slot == "constraint":
-        validation.require_no_other_hard_group(name, members)
+        validation.require_no_other_hard_group(name, members, rule)
         validation.require_no_inner(name, members, rule)
     if of_statistics:
         validation.require_no_other_statistics(name, members, groups.values())
@@ -84,13 +82,13 @@ def plan(
     return Plan(group, inner)
 
 
-def plan_replacement(group: TiedGroup, rule: Rule) -> Callable[[], None]:
+def plan_replacement(group: TiedGroup, rule: Rule | None) -> Callable[[], None]:
     """A group's change to another rule; its members, their views and weights, and the values stay.
 
     Returns:
         A function that makes the change, which has been checked.
     """
-    discovery.require_rule(group.name, rule)
+    rule = discovery.required_rule(group.name, rule)
     if rule.view is not None or rule.weight != 1.0:
         raise EqualizeError(
             f"The new rule of group '{group.name}' has the view {rule.view!r} and the weight {rule.weight:g}, and the "
@@ -98,30 +96,77 @@ def plan_replacement(group: TiedGroup, rule: Rule) -> Callable[[], None]:
         )
     members = group.members
     validation.require_several(group.name, members, ())
-    validation.require_fit(group.name, members, [rule] * len(members))
+    mixed = rule.hard and any(member.common_dtype for member in members)
+    validation.require_fit(group.name, members, [rule] * len(members), mixed=mixed)
     if rule.slot == "constraint":
-        validation.require_no_other_hard_group(group.name, members, besides=group)
+        validation.require_no_other_hard_group(group.name, members, rule, besides=group)
         validation.require_no_inner(group.name, members, rule, besides=group)
     inner = inner_for(group.name, rule, members)
     common = common_inner(rule, members, inner)
     if rule.slot == "constraint":
         _require_projectable(group.name, members, rule, common)
     # What the old rule brought stays on the variables, so in the config.
-    given = bound.own(group.rule) if rule.inner is None and rule.slot == group.rule.slot else rule.inner
+    given = bound.own(group.tying) if rule.inner is None and rule.slot == group.tying.slot else rule.inner
 
     def apply() -> None:
         bound.detach(group)
         group.adopt(rule.having(inner=given), members, common)
-        _attach(group, inner)
+        if not group.of_statistics:
+            _attach(group, zip(group.members, inner, strict=True))
 
     return apply
 
 
-def _attach(group: TiedGroup, inner: Sequence[Any]) -> None:
-    for member, kept in zip(group.members, inner, strict=True):
-        if not member.constant:
+def plan_extension(group: TiedGroup, added: Sequence[Member], groups: Mapping[str, TiedGroup]) -> Callable[[], None]:
+    """Members that join a group, and take its value.
+
+    Returns:
+        A function that makes the change, which has been checked.
+    """
+    members, rule = [*group.members, *added], group.tying
+    _require_mates(group.name, members, rule, groups)
+    if rule.slot == "constraint":
+        validation.require_no_other_hard_group(group.name, added, rule)
+        validation.require_no_inner(group.name, added, rule)
+    if group.of_statistics:
+        validation.require_no_other_statistics(group.name, added, groups.values())
+    inner = inner_for(group.name, rule, members)
+    if rule.one_value:
+        require_anchors_agree(group.name, [member for member in members if not rule.directed or member.constant])
+    old, new = group.members, list(zip(added, inner[len(group.members) :], strict=True))
+
+    def apply() -> None:
+        value = group.value if rule.same_shape else None
+        group.adopt(rule, members, group.inner)
+        if not group.of_statistics:
+            _attach(group, new)
+        for member in added if value is not None else ():
+            if not member.anchor and not member.constant:
+                member.variable.assign(backend.own_copy(member.apply(ops.cast(value, _common_dtype(old)))))
+        if group.hard:
+            group.sync("first")
+        elif value is None:
+            group.project()
+
+    return apply
+
+
+def _common_dtype(members: Sequence[Member]) -> str:
+    return members[0].common_dtype or backend.dtype(members[0].variable)
+
+
+def _attach(group: TiedGroup, inner: Iterable[tuple[Member, Any]]) -> None:
+    for member, kept in inner:
+        if not member.constant and (group.projects or group.penalizes):
             bound.attach(group, member, kept)
     group.hold_anchors()
+
+
+def _require_mates(name: str, members: Sequence[Member], rule: Rule, groups: Mapping[str, TiedGroup]) -> None:
+    """Raises `GroupMismatchError` unless members can be a group of a rule."""
+    validation.require_several(name, members, groups)
+    optimizers = getattr(groups, "optimizers", ())
+    validation.require_fit(name, members, [rule] * len(members), mixed=rule.hard and bool(optimizers))
 
 
 def restore(
@@ -165,16 +210,18 @@ def require_apart(plans: Sequence[Plan]) -> None:
                 "the layers or in the config of the registry."
             )
         seen.add(name)
-        if not plan.group.projects:
+        if plan.group.penalizes:
             shared = [member for member in plan.group.members if id(member.variable) in pulled]
-            if shared and plan.group.rule.inner is not None and not plan.group.declared:
+            if shared and plan.group.tying.inner is not None and not plan.group.declared:
                 raise GroupMismatchError(
                     f"Cannot tie '{shared[0].path}' into group '{name}': another group that is made with it has the "
-                    f"variable, and the rule brings {effects.name_of(plan.group.rule.inner)} as `inner`. Expected: one "
-                    f"of the two. Leave `inner` out.{validation.listing(plan.group.members)}"
+                    f"variable, and the rule brings {effects.name_of(plan.group.tying.inner)} as `inner`. Expected: "
+                    f"one of the two. Leave `inner` out.{listing(plan.group.members)}"
                 )
             pulled |= {id(member.variable) for member in plan.group.members}
         for member in plan.group.members if plan.group.projects else ():
+            if plan.group.tying.directed and member.leads:
+                continue
             others = projected.setdefault(id(member.variable), [])
             for other, part in others:
                 if other != name and member.overlaps(part):
@@ -182,7 +229,7 @@ def require_apart(plans: Sequence[Plan]) -> None:
                         f"Cannot tie '{member.path}' into group '{name}': group '{other}' has it as well. Expected: "
                         "one group that projects an entry. Name all members in one group, give parts that do not "
                         "overlap, as equalize.views.Slice, or give layers that do not hold each other's weights."
-                        f"{validation.listing(plan.group.members)}"
+                        f"{listing(plan.group.members)}"
                     )
             others.append((name, member))
 
@@ -232,7 +279,7 @@ def _has_trained(model: Any) -> bool:
 def _require_start(group: TiedGroup, initial: str) -> None:
     """What must hold of the values before a group is made."""
     if group.projects:
-        _require_projectable(group.name, group.members, group.rule, group.inner)
+        _require_projectable(group.name, group.members, group.tying, group.inner)
     if group.hard and initial == "strict":
         validation.require_equal(group)
 
@@ -254,5 +301,5 @@ def _require_projectable(name: str, members: Sequence[Member], rule: Rule, inner
             f"Cannot tie group '{name}': its rule has the `inner` {effects.name_of(inner)}, which cannot be "
             f"applied to the common value. Expected: a constraint that returns a tensor of shape {tuple(common.shape)}"
             f". Received: {f'a tensor of shape {shape}' if problem is None else repr(problem)}. Take another, or none."
-            f"{validation.listing(members)}"
+            f"{listing(members)}"
         ) from problem

@@ -10,15 +10,30 @@ from equalize import _backend as backend
 from equalize._inputs.arguments import counted
 from equalize._ties import effects
 from equalize._ties.bound import Bound, chain_of, group_of, own, rule_of, ties_on
-from equalize._ties.member import Member
+from equalize._ties.member import Member, listing
 from equalize._ties.rules import Rule
 from equalize._ties.spread import pulled_arrays, spread_of
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import GroupMismatchError, TieBrokenError
 
 
-def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rule], *, declared: bool = False) -> None:
-    """Raises `GroupMismatchError` unless the members can be one group: enough, distinct, of one shape, dtype, rule."""
+def require_fit(
+    name: str,
+    members: Sequence[Member],
+    member_rules: Sequence[Rule],
+    *,
+    declared: bool = False,
+    mixed: bool = False,
+) -> None:
+    """Raises `GroupMismatchError` unless the members can be one group: enough, distinct, of one shape, dtype, rule.
+
+    Args:
+        name: Name of the group.
+        members: The members.
+        member_rules: The rule of each.
+        declared: Whether layers declare the rules.
+        mixed: Whether floating dtypes may differ, if one of them holds the numbers of all.
+    """
     for member in members:
         _require_view_fits(name, member)
     _require_distinct(name, members)
@@ -28,8 +43,16 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
             ("shape", first.common_shape, member.common_shape),
             ("dtype", backend.dtype(first.variable), backend.dtype(member.variable)),
         ):
+            if what == "dtype" and mixed and _holds_all(members):
+                continue
             if expected != received and (what == "dtype" or rule.same_shape):
                 fix = f"Tie variables of one {what}."
+                if what == "dtype" and rule.hard and _holds_all(members):
+                    fix = (
+                        f"The mean would be rounded at every step, so {rule.describe()} alone takes one dtype. Make "
+                        "an `equalize.optimizers.TiedOptimizer` with this registry before you tie: it updates the "
+                        "widest and rounds it for the others."
+                    )
                 if declared and sum(each is rule for each in member_rules) > 1:
                     fix = (
                         "One rule was given to several weights, as a `MultiHeadAttention` hands its constraint to all "
@@ -49,6 +72,12 @@ def require_fit(name: str, members: Sequence[Member], member_rules: Sequence[Rul
                 f"group name.{listing(members)}"
             )
     _require_weights(name, members)
+    if len({member.weight for member in members}) > 1 and not member_rules[0].weighted:
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': {member_rules[0].describe()} has no mean in which members could count "
+            f"differently. Expected: no weights; received {[member.weight for member in members]}. Leave them out, or "
+            f"take a rule with a mean, as equalize.regularizers.MeanL2.{listing(members)}"
+        )
     count = member_rules[0].count
     if count is not None and count != len(members):
         raise GroupMismatchError(
@@ -85,19 +114,27 @@ def require_several(name: str, members: Sequence[Member], others: Iterable[str])
     )
 
 
-def require_no_other_hard_group(name: str, members: Sequence[Member], besides: TiedGroup | None = None) -> None:
-    """Raises `GroupMismatchError` where entries of a member are projected by another group, leaving out `besides`."""
+def require_no_other_hard_group(
+    name: str, members: Sequence[Member], rule: Rule, besides: TiedGroup | None = None
+) -> None:
+    """Raises `GroupMismatchError` where entries of a member are projected by another group, leaving out `besides`.
+
+    A member that leads is not projected by its group.
+    """
+    leader = members[0] if rule.directed and members[0].leads is not False else None
     for member in members:
+        if member is leader:
+            continue
         for tie in ties_on(member.variable):
-            rule, group = rule_of(tie), group_of(tie)
-            if rule.slot != "constraint" or (besides is not None and group is besides):
+            other, group = rule_of(tie), group_of(tie)
+            if other.slot != "constraint" or (besides is not None and group is besides):
                 continue
-            if isinstance(tie, Bound) and not member.overlaps(tie.member):
+            if isinstance(tie, Bound) and (tie.member.leads or not member.overlaps(tie.member)):
                 continue
             raise GroupMismatchError(
-                f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{rule.group}' already "
-                f"({rule.describe()}), and an entry can be projected by one group only. Name all members in one "
-                f"group, give parts that do not overlap, as equalize.views.Slice, or call `untie({rule.group!r})` "
+                f"Cannot tie '{member.path}' into group '{name}': it belongs to group '{other.group}' already "
+                f"({other.describe()}), and an entry can be projected by one group only. Name all members in one "
+                f"group, give parts that do not overlap, as equalize.views.Slice, or call `untie({other.group!r})` "
                 f"first.{listing(members)}"
             )
 
@@ -149,9 +186,11 @@ def require_equal_if_known(group: TiedGroup) -> None:
             require_equal(group)
 
 
-def listing(members: Iterable[Member]) -> str:
-    """Every member on a line of its own, for the end of a message."""
-    return "\nMembers:" + "".join(f"\n    {member}" for member in members)
+def _holds_all(members: Sequence[Member]) -> bool:
+    """Whether the dtypes of members are floating, and one of them holds the numbers of all."""
+    dtypes = [backend.dtype(member.variable) for member in members]
+    floating = all(keras.backend.is_float_dtype(dtype) for dtype in dtypes)
+    return floating and backend.widest_dtype(dtypes) is not None
 
 
 def _require_distinct(name: str, members: Sequence[Member]) -> None:

@@ -33,11 +33,18 @@ _SORTED = 64
 _MANY = 4
 
 
-def mean_l2(values: Sequence[Tensor]) -> Tensor:
-    """Σ_i ‖w_i − mean‖².
+def mean_l2(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Σ_i a_i · ‖w_i − mean‖², with the mean by the same weights; without weights all a_i are 1.
 
-    Since Σ(w_i − mean) = 0, what would flow through the mean cancels, and 2·(w_i − mean) is all of ∂P/∂w_i.
+    Since Σ a_i·(w_i − mean) = 0, what would flow through the mean cancels, and 2·a_i·(w_i − mean) is all of ∂P/∂w_i.
     """
+    if weights is not None:
+        constants = _constants(values)
+        mean = backend.computed_once(means.mean(constants, weights))
+        deviations = [value - mean for value in constants]
+        half = 0.5 * backend.sum_of_squares([a**0.5 * each for a, each in zip(weights, deviations, strict=True)])
+        slopes = [a * each for a, each in zip(weights, deviations, strict=True)]
+        return 2.0 * backend.with_gradients(half, values, slopes)
     if means.are_small(values):
         rows = backend.stack(values)
         rows = rows - ops.stop_gradient(rows[:1])  # so that members that are equal are 0, and so is their mean
@@ -48,10 +55,15 @@ def mean_l2(values: Sequence[Tensor]) -> Tensor:
     return 2.0 * backend.with_gradients(0.5 * backend.sum_of_squares(deviations), values, deviations)
 
 
-def pairwise_l2(values: Sequence[Tensor], factors: np.ndarray | None = None) -> Tensor:
-    """Σ_{i<j} f_ij · ‖w_i − w_j‖². Without factors it is n · Σ_i ‖w_i − mean‖², which forms no pair."""
+def pairwise_l2(
+    values: Sequence[Tensor], factors: np.ndarray | None = None, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Σ_{i<j} f_ij · ‖w_i − w_j‖². Without factors it is n · Σ_i ‖w_i − mean‖², which forms no pair.
+
+    With weights of mean 1 in place of factors f_ij is a_i · a_j, and the sum n · Σ_i a_i · ‖w_i − mean‖².
+    """
     if factors is None:
-        return mean_l2(values) * len(values)
+        return mean_l2(values, weights) * len(values)
     columns = backend.columns(_constants(values))
     half, slopes = columns.compute(lambda rows: _over_graph(rows, factors, _half_squared, _half_squared_rows))
     return 2.0 * backend.with_gradients(half, values, slopes)

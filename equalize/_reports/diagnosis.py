@@ -66,6 +66,7 @@ def findings(
         monitored: Whether a `TieMonitor` makes the groups equal when training ends.
     """
     found = [*_pending(pending), *_unequal(groups), *_lost(groups), *_regularized(groups), *_parted(groups, models)]
+    found += _pulled_to_the_frozen(groups)
     for model in models:
         found += _undone(model)
         parts = wrapping.parts(getattr(model, "optimizer", None))
@@ -126,6 +127,21 @@ def _regularized(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
                 group.name,
                 f"the members' own regularizers differ, and count as their mean ({listed}).",
                 "Give all members the same regularizer.",
+            )
+
+
+def _pulled_to_the_frozen(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
+    """Partial ties to what does not train, which people make who want it to follow."""
+    for group in groups:
+        partial = group.tying.one_value and not group.hard and not group.tying.directed and not group.of_statistics
+        frozen = [member for member in group.members if member.anchor and not member.constant] if partial else []
+        if frozen and not all(member.anchor for member in group.members):
+            yield Finding(
+                "frozen",
+                group.name,
+                f"'{frozen[0].path}' is not trainable, so it stays, and the others are pulled to it.",
+                "If it is meant to follow them, as the teacher of a mean teacher does, tie with "
+                "`equalize.constraints.Follow(rate=...)`, and name the member that leads first.",
             )
 
 
@@ -267,11 +283,22 @@ def _about_optimizers(group: TiedGroup, trained: Sequence[tuple[Any, Any]], *, m
                 "Expect other clipping than with sharing, or use `equalize.optimizers.TiedOptimizer`; `clipnorm` "
                 "treats each member alone.",
             )
-        if group.rule.one_value and not group.hard and optimizer.gradient_accumulation_steps:
+        if group.tying.directed:
+            followers = [variable.path for variable in variables if variable.trainable]
+            if not followers:
+                continue
+            yield Finding(
+                "followers",
+                group.name,
+                f"'{followers[0]}' follows, and the optimizer trains it as well, with weight decay and momentum.",
+                "Set `trainable = False` on what follows.",
+            )
+            continue
+        if group.tying.one_value and not group.hard and optimizer.gradient_accumulation_steps:
             yield Finding(
                 "accumulation",
                 group.name,
-                f"the rate {group.rule.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
+                f"the rate {group.tying.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
                 "micro-steps of an update, since Keras calls constraints in all of them.",
                 "Choose the rate for one micro-step: 1 − (1 − rate)^(1/steps).",
             )

@@ -159,7 +159,7 @@ def weights_free(groups: Sequence[TiedGroup], weights: Iterable[keras.Variable] 
     """
     groups = [group for group in groups if not group.of_statistics]
     if weights is None:
-        weights = [member.variable for group in groups for member in group.members if not member.anchor]
+        weights = [member.variable for group in groups for member in group.members if member.variable.trainable]
     sizes = {id(weight): math.prod(weight.shape) for weight in weights}
     free = sum(sizes.values())
     for group in groups:
@@ -167,6 +167,7 @@ def weights_free(groups: Sequence[TiedGroup], weights: Iterable[keras.Variable] 
         chosen = 0 if any(member.anchor for member in group.members) else 1
         shown = sum(member.entries for member in moving)
         free -= shown - chosen * math.prod(moving[0].common_shape) if moving else 0
+        free -= sum(m.entries for m in group.members if m.leads is False and id(m.variable) in sizes)
     return free
 
 

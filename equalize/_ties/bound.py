@@ -32,7 +32,7 @@ class Bound(Tying):
     @property
     def rule(self) -> Rule:
         """The rule of the group."""
-        return self.group.rule
+        return self.group.tying
 
     def unbound(self) -> Any:
         """What a copy of the variable carries."""
@@ -67,7 +67,8 @@ class BoundConstraint(Bound, keras.constraints.Constraint):
             # The first tie of a group has projected all its members on the variable.
             done = any(tie.group is self.group for tie in chain_of(self.inner) if isinstance(tie, BoundConstraint))
             return inside if done else self.group.project(self.member, inside)
-        return self.group.project(self.member, None if self.member.whole else self._free())
+        alone = self.member.whole and not self.rule.directed
+        return self.group.project(self.member, None if alone else self._free())
 
     def _free(self) -> Tensor:
         """The variable, as the constraint that its user gave it would have all of it."""
@@ -177,8 +178,7 @@ def attach(group: Any, member: Member, inner: Any) -> None:
                 constraint, lambda tie: BoundConstraint(group, member, kept(tie.inner)) if declares(tie) else tie
             )
         else:
-            whole = member.whole and not isinstance(constraint, BoundConstraint)
-            variable.constraint = BoundConstraint(group, member, inner if whole else constraint)
+            variable.constraint = _around(constraint, group, member, inner)
         if chain is not None or group.statistics or keras.backend.backend() == "jax":
             _regularize(variable, own(chain))
         return
@@ -190,6 +190,15 @@ def attach(group: Any, member: Member, inner: Any) -> None:
     if own(chain) is None and inner is not None:
         _regularize(variable, inner)
     variable.regularizer = BoundRegularizer(group, member, variable.regularizer)
+
+
+def _around(constraint: Any, group: Any, member: Member, inner: Any) -> BoundConstraint:
+    """A tie around what a variable has; inside of those in which it leads, since what follows is what it becomes."""
+    if isinstance(constraint, BoundConstraint) and constraint.member.leads and not member.leads:
+        constraint.inner = _around(constraint.inner, group, member, inner)
+        return constraint
+    whole = member.whole and not isinstance(constraint, BoundConstraint)
+    return BoundConstraint(group, member, inner if whole else constraint)
 
 
 def attach_statistics(group: Any, statistics: Any) -> None:

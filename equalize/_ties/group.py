@@ -35,7 +35,15 @@ class Group(abc.ABC):
     @property
     @abc.abstractmethod
     def rule(self) -> Any:
-        """The rule, for instance `equalize.constraints.Equal()`; `GroupRegistry.replace` gives the group another."""
+        """The rule, for instance `equalize.constraints.Equal()`, or None for a free group.
+
+        `GroupRegistry.replace` gives the group another.
+        """
+
+    @property
+    @abc.abstractmethod
+    def tying(self) -> Any:
+        """The rule, which says of a free group that it does not tie."""
 
     @property
     @abc.abstractmethod
@@ -66,16 +74,21 @@ class Group(abc.ABC):
     @property
     def hard(self) -> bool:
         """Whether the members are bitwise equal after every optimizer step."""
-        return self.rule.hard
+        return self.tying.hard
 
     @property
     def projects(self) -> bool:
         """Whether the rule is a projection (hard, partial or custom) and not a penalty."""
-        return self.rule.slot == "constraint"
+        return self.tying.slot == "constraint"
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the rule is a penalty in the loss."""
+        return self.tying.slot == "regularizer"
 
     def describe(self) -> str:
         """The rule as one would write it, with the constraint inside."""
-        return self.rule.having(inner=self.inner).describe()
+        return self.tying.having(inner=self.inner).describe()
 
     def __repr__(self) -> str:
         return f"<Group {self.name!r}: {self.describe()}, {counted(len(self.members), 'member')}>"

@@ -1,6 +1,7 @@
 """Members: one variable of a group, and how it shows the group's common value."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -24,6 +25,8 @@ class Member:
         path: Where the variable lives, as `variable.path` gives it.
         view: How the member shows the group's common value; None for "as it is".
         weight: The member's weight in the mean.
+        leads: Whether the others follow the member; None where no member of the group leads.
+        common_dtype: The dtype of the common value, where the member has a narrower one and shows it rounded.
         owner: For a moving statistic, the layer that updates it.
 
     Raises:
@@ -60,6 +63,8 @@ class Member:
         self.path: str = "constant" if constant else variable.path
         self.view = view
         self.weight = arguments.number("weight", weight, low=0.0, low_open=True)
+        self.leads: bool | None = None
+        self.common_dtype: str | None = None
 
     @property
     def variable(self) -> keras.Variable:
@@ -85,7 +90,12 @@ class Member:
 
     @property
     def anchor(self) -> bool:
-        """Whether the member never moves: it is a constant, or not trainable; or the statistic of a frozen layer."""
+        """Whether the member never moves: it is a constant, or not trainable; or the statistic of a frozen layer.
+
+        Where one member leads, it is this one, and no other.
+        """
+        if self.leads is not None:
+            return self.leads
         owner = self.owner
         return not (self.variable if owner is None else owner).trainable
 
@@ -131,18 +141,22 @@ class Member:
 
     @property
     def lossless(self) -> bool:
-        """Whether the view loses no bit. A multiple may round, also by a power of two: the smallest numbers."""
-        return self.scale == 1.0
+        """Whether the member loses no bit. A multiple may round, also by a power of two: the smallest numbers."""
+        return self.scale == 1.0 and self.common_dtype is None
 
     def least_squares(self, w: Tensor) -> Tensor:
         """The common value as the member's value `w` alone shows it."""
+        w = w if self.common_dtype is None else ops.cast(w, self.common_dtype)
         return w if self.view is None else self.view.least_squares(w)
 
     def apply(self, common: Tensor, stored: Tensor | None = None) -> Tensor:
         """What the member becomes for a common value; what its view does not cover stays as it is stored."""
         if self.view is None:
-            return common
-        return self.view.forward(common, backend.read(self.variable) if stored is None else stored)
+            return common if self.common_dtype is None else ops.cast(common, backend.dtype(self.variable))
+        stored = backend.read(self.variable) if stored is None else stored
+        if self.common_dtype is None:
+            return self.view.forward(common, stored)
+        return ops.cast(self.view.forward(common, ops.cast(stored, self.common_dtype)), backend.dtype(self.variable))
 
     @property
     def whole(self) -> bool:
@@ -173,6 +187,7 @@ class Member:
 
     def adjoint(self, gradient: Tensor) -> Tensor:
         """The gradient with respect to the common value, from that of the member."""
+        gradient = gradient if self.common_dtype is None else ops.cast(backend.tensor(gradient), self.common_dtype)
         return gradient if self.view is None else self.view.adjoint(backend.tensor(gradient))
 
     def apply_gradient(self, gradient: Tensor, own: Tensor | None) -> Tensor:
@@ -189,6 +204,11 @@ class Member:
 
     def __repr__(self) -> str:
         return f"<Member {self if self.alive else repr(self.path) + ' (deleted)'}>"
+
+
+def listing(members: Iterable[Member]) -> str:
+    """Every member on a line of its own, for the end of a message."""
+    return "\nMembers:" + "".join(f"\n    {member}" for member in members)
 
 
 class _Seen:

@@ -29,7 +29,7 @@ class Rule(Tying, abc.ABC):
     """Base of the constraints and regularizers that tie. A rule knows no group and no variable, and never changes."""
 
     slot: ClassVar[str]
-    """The attribute of a `keras.Variable` that holds the rule: `"constraint"` or `"regularizer"`."""
+    """The attribute of a `keras.Variable` that holds the rule: `"constraint"` or `"regularizer"`; or `"none"`."""
 
     own_keys: ClassVar[frozenset[str]] = frozenset({"group", "weight", "view", "inner"})
     """The entries of the config that may differ between the members of one group."""
@@ -43,6 +43,9 @@ class Rule(Tying, abc.ABC):
     one_value: ClassVar[bool] = False
     """Whether the rule moves the members to one common value, which is an anchor's where there is one."""
 
+    directed: ClassVar[bool] = False
+    """Whether the first member leads, and is never changed, and the others move, trainable or not."""
+
     entrywise: ClassVar[bool] = False
     """Whether `project` treats each entry by itself, so that small members of many groups can be joined."""
 
@@ -50,7 +53,7 @@ class Rule(Tying, abc.ABC):
     view: View | None = None
     weight: float = 1.0
 
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Any, ...] | None = None
     """While `project` or `penalty` runs: the weight of each member in a mean."""
 
     fixed: tuple[bool, ...] = ()
@@ -88,6 +91,11 @@ class Rule(Tying, abc.ABC):
     def enforced(self) -> bool:
         """Whether the members are as the rule has them after every step, exactly or up to rounding."""
         return self.hard
+
+    @property
+    def weighted(self) -> bool:
+        """Whether weights of members mean something to the rule."""
+        return True
 
     @property
     def count(self) -> int | None:
@@ -144,6 +152,22 @@ class Rule(Tying, abc.ABC):
 
     def __repr__(self) -> str:
         return f"<{self.describe()} of group {self.group!r}>"
+
+
+class Free(Rule):
+    """The rule of a group that is not tied: it is measured, compared, and synchronized now and then."""
+
+    slot = "none"
+
+    def __init__(self) -> None:
+        self.group = None
+        self.inner = None
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+    def describe(self) -> str:
+        return "free"
 
 
 class Short:

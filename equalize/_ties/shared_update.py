@@ -10,6 +10,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
+from equalize._ties.bound import Bound, ties_on
 from equalize._ties.member import Member
 from equalize._ties.tied_group import TiedGroup
 
@@ -117,10 +118,15 @@ def underway(updates: Iterable[SharedUpdate]) -> Iterator[None]:
 
 
 def _leader(moving: Sequence[tuple[int, Member]]) -> int:
-    """The first, unless its view leaves entries free, rounds, or is at all, where another's does not."""
+    """One that others follow, since they do when it is updated; else the first of the widest dtype.
 
-    def detours(place: int) -> tuple[bool, bool, bool, int]:
+    Unless its view leaves entries free, rounds, or is at all, where another's does not.
+    """
+
+    def detours(place: int) -> tuple[bool, bool, bool, bool, bool, int]:
         member = moving[place][1]
-        return not member.whole, not member.lossless, member.view is not None, place
+        followed = any(isinstance(tie, Bound) and tie.member.leads for tie in ties_on(member.variable))
+        narrow = member.common_dtype is not None
+        return not followed, narrow, not member.whole, not member.lossless, member.view is not None, place
 
     return min(range(len(moving)), key=detours)

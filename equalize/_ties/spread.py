@@ -58,8 +58,12 @@ def _largest(high: np.ndarray, low: np.ndarray, alike: np.ndarray) -> float:
 
 
 def gentlest(members: Sequence[Member]) -> int:
-    """The index of the member whose view stretches least, by the size of its exponent."""
-    return min(range(len(members)), key=lambda i: abs(math.log2(members[i].scale)))
+    """The index of the member that rounds least: of the widest dtype, and of the view that stretches least."""
+
+    def rounding(i: int) -> tuple[bool, float]:
+        return members[i].common_dtype is not None, abs(math.log2(members[i].scale))
+
+    return min(range(len(members)), key=rounding)
 
 
 def shown_by_all(stored: Mapping[Member, Tensor], common: Tensor) -> Tensor:

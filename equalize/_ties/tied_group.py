@@ -2,23 +2,25 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
-from equalize._backend import Tensor
+from equalize._backend import Tensor, keras_private
 from equalize._inputs.arguments import received
 from equalize._math import means
 from equalize._ties import bound, together
 from equalize._ties.group import Group
-from equalize._ties.member import Member
-from equalize._ties.rules import Rule
+from equalize._ties.member import Member, listing
+from equalize._ties.rules import Free, Rule
 from equalize._ties.spread import change_of, gentlest, pulled_array, shown_by_all, spread_of
 from equalize._ties.step import Penalty, Projection, parts_of, scaled
 from equalize.errors import EqualizeError, GroupMismatchError
+
+_NONE: Mapping[Member, Tensor] = {}
 
 
 class TiedGroup(Group):
@@ -50,6 +52,7 @@ class TiedGroup(Group):
         self._unchanged: Callable[[], bool] | None = None  # since statistics were made equal
         self._held: list[int] = []  # the anchors that the others keep alive, by their ids
         self._shared_updates = 0
+        self._driven = False  # whether a callback has the others follow, in place of the optimizer's step
         self.adopt(rule, members, inner)
 
     def adopt(self, rule: Rule, members: Sequence[Member], inner: Any) -> None:
@@ -57,9 +60,15 @@ class TiedGroup(Group):
         self._rule = rule
         self._inner = inner
         self._members = tuple(members)
+        dtypes = [backend.dtype(member.variable) for member in members]
+        widest = backend.widest_dtype(dtypes)
+        for place, (member, dtype) in enumerate(zip(members, dtypes, strict=True)):
+            member.leads = place == 0 if rule.directed else None
+            member.common_dtype = widest if widest is not None and dtype != widest else None
         self._strength: Any = None  # a variable that compiled steps read the rule's strength from
         self._projections: weakref.WeakKeyDictionary[Any, Projection] = weakref.WeakKeyDictionary()
         self._penalty: Penalty | None = None
+        self._led: weakref.WeakSet[Any] = weakref.WeakSet()  # steps in which members have followed
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -75,7 +84,7 @@ class TiedGroup(Group):
 
     @property
     def rule(self) -> Any:
-        return self._rule
+        return None if isinstance(self._rule, Free) else self._rule
 
     @rule.setter
     def rule(self, rule: Any) -> NoReturn:
@@ -85,6 +94,10 @@ class TiedGroup(Group):
         )
 
     @property
+    def tying(self) -> Any:
+        return self._rule
+
+    @property
     def inner(self) -> Any:
         """The constraint that the common value obeys as well: the rule's `inner`, or what the variables had."""
         return self._inner
@@ -92,19 +105,28 @@ class TiedGroup(Group):
     def make_adjustable(self) -> bool:
         """Has compiled steps read the strength from a variable, where they can; tells whether that is new to them."""
         if self._strength is None:
-            self._strength = backend.adjustable(self.rule.strength)
+            self._strength = backend.adjustable(self.tying.strength)
             return self._strength is not None
         return False
 
     def adjust(self, strength: float) -> bool:
         """Changes the rule's strength. Tells whether compiled steps know only the old one and must be retraced."""
-        was, self._rule = self.rule, self.rule.having(**{self.rule.setting: strength})
+        was, self._rule = self.tying, self.tying.having(**{self.tying.setting: strength})
         self._projections.clear()
         self._penalty = None
         if self._strength is None:
             return strength != was.strength
         self._strength.assign(strength)
         return self.hard != was.hard
+
+    @contextlib.contextmanager
+    def driven(self) -> Iterator[None]:
+        """While something else has followers follow, a step of an optimizer leaves them alone."""
+        self._driven = True
+        try:
+            yield
+        finally:
+            self._driven = False
 
     def hold_anchors(self) -> None:
         """Has the members that may move keep the others alive: a pull must not end because its anchor is forgotten.
@@ -121,7 +143,7 @@ class TiedGroup(Group):
 
     @property
     def value(self) -> Tensor:
-        if not self.rule.same_shape:
+        if not self.tying.same_shape:
             raise EqualizeError(
                 f"Group '{self.name}' has no common value: its rule {self.describe()} takes members of unlike shapes. "
                 "Expected: a group of members of one shape. Read them one by one, from `group.members`."
@@ -131,29 +153,29 @@ class TiedGroup(Group):
     @property
     def present_rule(self) -> Any:
         """The rule for the members whose variables still exist: a matrix of factors loses the rows of the others."""
-        return self.rule.subset([place for place, member in enumerate(self._members) if member.alive])
+        return self.tying.subset([place for place, member in enumerate(self._members) if member.alive])
 
     def computing_rule(self, members: Sequence[Member]) -> Any:
         """The rule as it computes with the members: it knows the constraint inside, their weights and the anchors."""
         known: dict[str, Any] = {
             "inner": self.inner,
-            "weights": self._weights(members),
+            "weights": self._weights(members) if self.projects else tuple(member.weight for member in members),
             "fixed": tuple(member.anchor for member in members),
         }
         if self._strength is not None and not self.hard:
-            known[self.rule.setting] = self._strength
+            known[self.tying.setting] = self._strength
         return self.present_rule.having(**known)
 
     def spread(self) -> float:
         members = self.members
         self._require_values(members)
-        if not members or self.rule.one_value or not self.projects:
+        if not members or self.tying.one_value or not self.projects:
             return spread_of(members)
         moved = zip(members, self.pulled(members), self.projected(members), strict=True)
         return change_of([(value, projected) for member, value, projected in moved if not member.anchor])
 
     def _weights(self, members: Sequence[Member]) -> tuple[Any, ...]:
-        """How much each member counts in the common value."""
+        """How much each member counts in the common value, with how much of it shows that."""
         return tuple(member.weight * member.multiplicity for member in members)
 
     def project(self, caller: Member | None = None, inside: Tensor | None = None) -> Tensor | None:
@@ -174,6 +196,14 @@ class TiedGroup(Group):
             group.keep()
         if caller is not None and self._shared_updates:
             return self._constrained(caller, inside)
+        if caller is not None and self.tying.directed:
+            return self._lead(caller, inside)
+        if caller is not None and any(member.common_dtype for member in self._members):
+            raise EqualizeError(
+                f"Group '{self.name}' has members of several dtypes, and their mean would be rounded at every step: "
+                f"{self.describe()} alone cannot keep it. Expected: `equalize.optimizers.TiedOptimizer`, which updates "
+                f"the widest and rounds it for the others. Received: another optimizer.{listing(self.members)}"
+            )
         step = backend.applying() or self
         projection = self._projections.get(step)
         if projection is not None and caller is not None:
@@ -203,6 +233,49 @@ class TiedGroup(Group):
         unchanged = backend.read(caller.variable) if inside is None else inside
         return values.get(id(caller.variable), unchanged)
 
+    def _lead(self, caller: Member, inside: Tensor | None) -> Tensor:
+        """Has the others follow the member that leads, once a step, when Keras calls its constraint.
+
+        Where it is not trained nobody calls that, and the first call of the step works for all.
+        """
+        value = backend.read(caller.variable) if inside is None else inside
+        leader = next((member for member in self.members if member.leads), None)
+        step = backend.applying() or self
+        if leader is None or self._driven:
+            return value
+        if leader.variable.trainable and caller is not leader:
+            return value
+        if step in self._led:
+            return value
+        if step is not self:
+            self._led.add(step)
+        due = self._due(step)
+        followed = {}
+        for group in (self, *(group for group in self.statistics if group.tying.directed)):
+            members = group.members
+            group._require_reach(members)
+            given = {leader: value} if caller is leader and group is self else {}
+            pulled = group.pulled(members, given)
+            moved = group.computing_rule(members).project(pulled)
+            if due is not True:
+                moved = [ops.where(due, new, old) for new, old in zip(moved, pulled, strict=True)]
+            followed |= parts_of((m, new) for m, new in zip(members, moved, strict=True) if not m.anchor)
+        own = id(caller.variable)
+        written = [part for key, part in followed.items() if key != own]
+        backend.write([part.variable for part in written], [backend.own_copy(part.put()) for part in written])
+        return followed[own].put(value) if own in followed else value
+
+    def _due(self, step: Any) -> Any:
+        """Whether members follow in a step, as `every` says: True, or a scalar. By hand they do at every call."""
+        if step is self:
+            return True
+        optimizer, every = step.caller, self.tying.every
+        micro = optimizer.gradient_accumulation_steps or 1
+        if micro == every == 1:
+            return True
+        taken = ops.convert_to_tensor(keras_private.steps_taken(optimizer)) + 1
+        return taken % (micro * every) == 0
+
     def projected(self, members: Sequence[Member]) -> list[Tensor]:
         """What the rule makes of the members, as their views pull them back.
 
@@ -211,7 +284,7 @@ class TiedGroup(Group):
             EqualizeError: A custom rule returns something else.
         """
         self._require_values(members)
-        if self.rule.one_value:
+        if self.tying.one_value:
             require_anchors_agree(self.name, members)
         rule, values = self.computing_rule(members), self.pulled(members)
         if not rule.one_value:  # what a rule returns may be a part of what it was given, which is written one by one
@@ -220,12 +293,18 @@ class TiedGroup(Group):
         _require_shapes(self, projected, values)
         return together.once_for_all(rule, projected)
 
-    def pulled(self, members: Sequence[Member]) -> list[Tensor]:
-        """What each member says of the common value; what views rounded is told from what differs."""
-        first = next((member for member in members if member.anchor), None) if self.rule.one_value else None
+    def pulled(self, members: Sequence[Member], given: Mapping[Member, Tensor] = _NONE) -> list[Tensor]:
+        """What each member says of the common value; what views rounded is told from what differs.
+
+        Args:
+            members: The members.
+            given: What variables are about to become.
+        """
+        first = next((member for member in members if member.anchor), None) if self.tying.one_value else None
         # The anchors of one common value agree, so the first stands for all.
         read = [member for member in members if first is None or member is first or not member.anchor]
-        stored = {m: self._anchored_value(m) if m.anchor else backend.read(m.variable) for m in read}
+        stored = {m: self._anchored_value(m) if m.anchor else backend.read(m.variable) for m in read if m not in given}
+        stored |= given
         pulled = {member: member.least_squares(value) for member, value in stored.items()}
         if not all(member.lossless for member in members):
             base = pulled[members[gentlest(members)] if first is None else first]
@@ -270,6 +349,8 @@ class TiedGroup(Group):
         Raises:
             EqualizeError: The loss of a step cannot reach a member, which happens on JAX.
         """
+        if self.tying.directed or not self.projects:
+            return  # the ones follow when the weights do, and the others are free
         members = self.members
         if in_loss:
             self._require_reach(members)
@@ -320,7 +401,7 @@ class TiedGroup(Group):
         """What the penalty is multiplied by; a rule with a factor for each pair has done that itself."""
         if self._strength is not None:
             return self._strength
-        return self.rule.strength if isinstance(self.rule.strength, (int, float)) else 1.0
+        return self.tying.strength if isinstance(self.tying.strength, (int, float)) else 1.0
 
     def sync(self, method: str) -> None:
         """Makes the members equal: to the anchors, else to the first of them or to their mean.
@@ -330,7 +411,7 @@ class TiedGroup(Group):
         """
         members = self.members
         self._require_values(members)
-        if self.projects and not self.rule.one_value:
+        if self.projects and not self.tying.one_value:
             self.project()
             return
         if all(backend.concrete(member.variable) is not None for member in members) and self.spread() == 0.0:
@@ -338,14 +419,17 @@ class TiedGroup(Group):
         if method == "first" and not any(member.anchor for member in members):
             self.follow(members[0])
             return
-        value = self._common_value(members)
-        for member in members:
+        self.assign(self._common_value(members))
+
+    def assign(self, value: Tensor) -> None:
+        """Gives all members that may move a common value."""
+        for member in self.members:
             if not member.anchor:
                 member.variable.assign(backend.own_copy(member.apply(value)))
 
     def require_anchors_agree(self) -> None:
         """Raises `GroupMismatchError` where two anchors differ that cannot, as far as their values are available."""
-        if self.rule.one_value or not self.projects:
+        if self.tying.one_value or not self.projects:
             require_anchors_agree(self.name, self.members)
 
     def _common_value(self, members: Sequence[Member]) -> Tensor:
@@ -384,6 +468,14 @@ class TiedGroup(Group):
         if backend.in_symbolic_scope():
             return
         for member in members:
+            if self.tying.directed and not member.anchor and not backend.is_visible(member.variable):
+                raise EqualizeError(
+                    f"Group '{self.name}' cannot move {member}, which follows: on JAX an optimizer changes only what "
+                    "it trains. Expected: `fit(..., callbacks=[equalize.callbacks.PeriodicSync(registry, every=1)])`, "
+                    "which has members follow after each batch; in a loop of your own, an `apply` inside one "
+                    "`keras.StatelessScope` that is given the variables of all members. Received: a step of an "
+                    "optimizer alone."
+                )
             if not member.anchor and not backend.is_visible(member.variable):
                 seen = ", ".join(str(m) for m in members if backend.is_visible(m.variable))
                 raise EqualizeError(
@@ -419,7 +511,7 @@ def _require_shapes(group: TiedGroup, projected: Any, values: Sequence[Tensor]) 
     expected = [tuple(value.shape) for value in values]
     if shapes != expected:
         raise EqualizeError(
-            f"`project` of {type(group.rule).__name__} must return a list of tensors, one for each of the "
+            f"`project` of {type(group.tying).__name__} must return a list of tensors, one for each of the "
             f"{len(values)} members of group '{group.name}', of shapes {expected}. Received: "
             f"{received(projected) if shapes is None else f'shapes {shapes}'}."
         )

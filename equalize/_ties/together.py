@@ -52,7 +52,9 @@ def _all(variables: Sequence[Any]) -> dict[Any, list[Tensor]]:
 def _kind(group: Any) -> Hashable:
     """What groups that are joined have in common; None for one that is projected by itself."""
     members = group.members
-    if not group.rule.entrywise or group.inner is not None or not group.can_read(members):
+    if not group.tying.entrywise or group.inner is not None or not group.can_read(members):
+        return None
+    if any(member.common_dtype is not None for member in members):
         return None
     if any(member.anchor for member in members) or math.prod(members[0].common_shape) > means.SMALL:
         return None

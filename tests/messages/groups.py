@@ -46,8 +46,7 @@ def unequal_members():
 
 @message(
     """
-    Group 'pair' has no penalty: its rule is Equal(), a projection. Expected: names of groups tied by a
-    regularizer.
+    Group 'pair' has no penalty: its rule is Equal(). Expected: names of groups tied by a regularizer.
     """
 )
 def penalty_of_a_hard_group():
@@ -57,8 +56,8 @@ def penalty_of_a_hard_group():
 
 @message(
     """
-    Group 'pair' cannot be projected: its rule is MeanL2(factor=0.01), a penalty. Expected: names of
-    groups tied by `equalize.constraints.Equal`.
+    Group 'pair' cannot be projected: its rule is MeanL2(factor=0.01). Expected: names of groups tied by
+    `equalize.constraints.Equal`.
     """
 )
 def projection_of_a_soft_group():

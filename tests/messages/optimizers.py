@@ -5,11 +5,11 @@ import numpy as np
 from keras import ops
 
 import equalize
-from equalize.callbacks import FactorSchedule, TieMonitor
-from equalize.constraints import Equal
+from equalize.callbacks import FactorSchedule, PeriodicSync, TieMonitor
+from equalize.constraints import Equal, Follow
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2, PairwiseL2
-from tests.messages import compiled, dense, kernels, message, tied
+from tests.messages import compiled, dense, kernels, message, model_of, tied
 
 
 @message(
@@ -361,3 +361,43 @@ def schedule_of_a_matrix():
     schedule = FactorSchedule(registry, "pair", float)
     schedule.set_model(model)
     schedule.on_train_begin()
+
+
+@message(
+    """
+    An outer optimizer needs the change of the mean. Expected: `method="mean"`. Received: 'first'.
+    """
+)
+def outer_optimizer_of_the_first():
+    PeriodicSync(equalize.GroupRegistry(), every=2, method="first", outer_optimizer="sgd")
+
+
+@message(
+    """
+    PeriodicSync has nothing to synchronize in the model 'model': expected groups with a member there,
+    received ['pair']. Give it the registry of this model.
+    """
+)
+def synchronization_of_another_model():
+    _, model = compiled()
+    registry, _ = tied()
+    model.fit(np.ones((2, 4)), [np.ones((2, 3))] * 2, verbose=0, callbacks=[PeriodicSync(registry, every=2)])
+
+
+@message(
+    """
+    Group 'pair' cannot move 'right/kernel' (4, 3) float32, which follows: on JAX an optimizer changes
+    only what it trains. Expected: `fit(..., callbacks=[equalize.callbacks.PeriodicSync(registry,
+    every=1)])`, which has members follow after each batch; in a loop of your own, an `apply` inside one
+    `keras.StatelessScope` that is given the variables of all members. Received: a step of an optimizer
+    alone.
+    """,
+    on="jax",
+)
+def follower_that_jax_does_not_train():
+    layers = [keras.layers.Dense(3, name=name) for name in ("left", "right")]
+    model = model_of(*layers)
+    layers[1].trainable = False
+    equalize.GroupRegistry().tie("pair", [layer.kernel for layer in layers], Follow())
+    model.compile("sgd", ["mse", "mse"])
+    model.fit(np.ones((2, 4)), [np.ones((2, 3))] * 2, verbose=0)

@@ -6,7 +6,8 @@ from keras import ops
 
 import equalize
 from equalize.constraints import Equal
-from equalize.regularizers import MeanL2, PairwiseL2
+from equalize.optimizers import TiedOptimizer
+from equalize.regularizers import ChainL2, MeanL2, PairwiseL2
 from equalize.views import Slice
 from tests.messages import dense, kernels, message, model_of, refusing, tied, variable
 
@@ -32,7 +33,7 @@ def empty_name():
 @message(
     """
     `rule` must be a constraint or regularizer of equalize, as an object: `equalize.constraints.Equal()`
-    or `equalize.regularizers.MeanL2(factor=0.01)`. Received: 'Equal' of type <class 'str'>.
+    or `equalize.regularizers.MeanL2(factor=0.01)`; or None. Received: 'Equal' of type <class 'str'>.
     """
 )
 def class_in_place_of_a_rule():
@@ -200,8 +201,10 @@ def shapes_that_differ():
 
 @message(
     """
-    Cannot tie 'two' into group 'pair': expected dtype float32, set by 'one'; received float16. Tie
-    variables of one dtype.
+    Cannot tie 'two' into group 'pair': expected dtype float32, set by 'one'; received float16. The mean
+    would be rounded at every step, so Equal() alone takes one dtype. Make an
+    `equalize.optimizers.TiedOptimizer` with this registry before you tie: it updates the widest and
+    rounds it for the others.
     Members:
         'one' (2,) float32
         'two' (2,) float16
@@ -353,7 +356,7 @@ def array_of_words():
     """
 )
 def weights_without_a_mean():
-    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(weight=1e308))
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(), weights=[1e308, 1e308])
 
 
 def total(value):
@@ -422,3 +425,130 @@ def constraint_for_a_part_beside_another_group():
     registry.tie("one", [(left, Slice((0, 0), (1, 2))), (whole, Slice((0, 0), (1, 2)))], Equal())
     other = [(right, Slice((0, 0), (1, 2))), (whole, Slice((1, 0), (1, 2)))]
     registry.tie("other", other, Equal(inner="non_neg"))
+
+
+@message(
+    """
+    The rule of group 'pair' has the weight 3, which says nothing of many members. Expected:
+    `weights=[...]`, a number for each member. Received: <Equal() of group None> of type <class
+    'equalize.constraints.Equal'>.
+    """
+)
+def weight_of_a_rule():
+    kept = kernels("left", "right")
+    equalize.GroupRegistry().tie("pair", kept, Equal(weight=3))
+
+
+@message(
+    """
+    `weights` of 'pair' must have a number for each of 2 members. Received: [1, 2, 3] of type <class
+    'list'>.
+    """
+)
+def weights_of_another_number():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(), weights=[1, 2, 3])
+
+
+@message(
+    """
+    `weights` must be a list of numbers. Received: 3 of type <class 'int'>.
+    """
+)
+def weights_that_are_no_list():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), Equal(), weights=3)
+
+
+@message(
+    """
+    Cannot tie group 'pair': ChainL2(factor=0.01) has no mean in which members could count differently.
+    Expected: no weights; received [1.0, 2.0]. Leave them out, or take a rule with a mean, as
+    equalize.regularizers.MeanL2.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def weights_for_a_rule_without_a_mean():
+    equalize.GroupRegistry().tie("pair", kernels("left", "right"), ChainL2(), weights=[1, 2])
+
+
+@message(
+    """
+    Cannot tie 'half' into group 'pair': expected dtype float32, set by 'master'; received bfloat16. The
+    mean would be rounded at every step, so Equal() alone takes one dtype. Make an
+    `equalize.optimizers.TiedOptimizer` with this registry before you tie: it updates the widest and
+    rounds it for the others.
+    Members:
+        'master' (2,) float32
+        'half' (2,) bfloat16
+    """
+)
+def dtypes_that_an_exact_tie_could_have():
+    master, half = variable((2,), name="master"), keras.Variable(np.zeros(2), dtype="bfloat16", name="half")
+    equalize.GroupRegistry().tie("pair", [master, half], Equal())
+
+
+@message(
+    """
+    Group 'pair' has members of several dtypes, and their mean would be rounded at every step: Equal()
+    alone cannot keep it. Expected: `equalize.optimizers.TiedOptimizer`, which updates the widest and
+    rounds it for the others. Received: another optimizer.
+    Members:
+        'master' (2,) float32
+        'half' (2,) bfloat16
+    """
+)
+def dtypes_that_differ_under_another_optimizer():
+    master, half = variable((2,), name="master"), keras.Variable(np.zeros(2), dtype="bfloat16", name="half")
+    registry = equalize.GroupRegistry()
+    optimizer = TiedOptimizer("sgd", registry)
+    registry.tie("pair", [master, half], Equal())
+    assert optimizer.registry is registry
+    master.constraint(master)
+
+
+@message(
+    """
+    Group 'pair' is declared by its layers, and a member that is added would not be in their configs.
+    Expected: a layer with <Equal() of group 'pair'> in it, and `registry.link(model)` once more.
+    """
+)
+def extension_of_a_declared_group():
+    layers = [keras.layers.Dense(3, kernel_constraint=Equal("pair"), name=name) for name in ("left", "right")]
+    model = model_of(*layers)
+    registry = equalize.GroupRegistry().link(model)
+    registry.extend("pair", kernels("third"))
+
+
+@message(
+    """
+    `members` of 'pair' must be a list of variables or arrays, as its members are. Received: [<Dense
+    name=third, built=True>] of type <class 'list'>.
+    """
+)
+def extension_of_variables_by_layers():
+    registry, _ = tied()
+    registry.extend("pair", dense("third"))
+
+
+@message(
+    """
+    `members` of 'pair' must be a list of layers. Received: ['third'] of type <class 'list'>.
+    """
+)
+def extension_of_layers_by_variables():
+    registry, layers = equalize.GroupRegistry(), dense("left", "right")
+    registry.tie("pair", layers, Equal())
+    registry.extend("pair", ["third"])
+
+
+@message(
+    """
+    Cannot add layers to the tie 'pair': their structures differ. Expected: 2 weights, pair/kernel,
+    pair/bias; received kernel. Take layers of one structure.
+    """
+)
+def extension_by_layers_of_another_structure():
+    registry, layers = equalize.GroupRegistry(), dense("left", "right")
+    registry.tie("pair", layers, Equal())
+    registry.extend("pair", dense("third", use_bias=False))

@@ -1,0 +1,206 @@
+"""Ties that hold now and then: free groups, and members that are made equal every so manieth step."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import equalize
+from equalize.callbacks import PeriodicSync, TieMonitor
+from equalize.constraints import Equal
+from equalize.errors import EqualizeError, NotLinkedError
+from equalize.regularizers import MeanL2
+from equalize.saving import load_model, save_model
+from equalize.views import Transpose
+from tests.conftest import BACKEND, MODES, bits, bitwise_equal
+
+
+def array(x):
+    return ops.convert_to_numpy(x)
+
+
+def replicas(n=3, seed=0):
+    """Networks of one start, each with an input and an output of its own, in one model."""
+    nets = [keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)], name=f"net_{i}") for i in range(n)]
+    inputs = [keras.Input((4,)) for _ in nets]
+    model = keras.Model(inputs, [net(x) for net, x in zip(nets, inputs, strict=True)])
+    random = np.random.default_rng(seed)
+    x = [random.normal(size=(48, 4)).astype("float32") for _ in nets]
+    y = [random.normal(size=(48, 3)).astype("float32") for _ in nets]
+    return nets, model, x, y
+
+
+class Steps(keras.callbacks.Callback):
+    """What the kernels hold after each step, and after what comes before this in the list of callbacks."""
+
+    def __init__(self, nets):
+        super().__init__()
+        self.kernels = [net.weights[0] for net in nets]
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if BACKEND == "jax":
+            self.model.jax_state_sync()
+        self.seen.append([array(kernel.value).copy() for kernel in self.kernels])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.sampled
+def test_members_are_equal_after_every_third_step_and_apart_in_between(mode):
+    nets, model, x, y = replicas()
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, None)
+    registry.sync("first", "nets")
+    before, after = Steps(nets), Steps(nets)
+    model.compile(keras.optimizers.Adam(0.01), ["mse"] * 3, **MODES[mode])
+    sync = PeriodicSync(registry, "nets", every=3)
+    model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[before, sync, after])
+    assert len(after.seen) == 12
+    for number, (apart, kernels) in enumerate(zip(before.seen, after.seen, strict=True), start=1):
+        equal = all(np.array_equal(kernels[0], kernel) for kernel in kernels)
+        assert equal == (number % 3 == 0)
+        if equal:
+            np.testing.assert_allclose(kernels[0], np.mean(apart, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras runs one step at a time there")
+def test_steps_that_run_together_are_counted():
+    nets, model, x, y = replicas()
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, None)
+    steps = Steps(nets)
+    model.compile("sgd", ["mse"] * 3, steps_per_execution=2)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[PeriodicSync(registry, every=3), steps])
+    equal = [all(np.array_equal(kernels[0], kernel) for kernel in kernels) for kernels in steps.seen]
+    assert equal == [False, True, True]  # after steps 2, 4 and 6, for steps 3 and 6
+
+
+def test_an_outer_step_of_sgd_at_rate_one_is_the_mean():
+    values = []
+    for outer in (None, keras.optimizers.SGD(1.0)):
+        nets, model, x, y = replicas()
+        keras.utils.set_random_seed(0)
+        for net in nets:
+            net.set_weights([np.full(weight.shape, 0.1) for weight in net.weights])
+        registry = equalize.GroupRegistry()
+        registry.tie("nets", nets, None)
+        model.compile("sgd", ["mse"] * 3)
+        sync = PeriodicSync(registry, every=2, outer_optimizer=outer)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[sync])
+        assert bitwise_equal(*[net.weights[0] for net in nets])
+        values.append(array(nets[0].weights[0].value))
+    np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6)
+
+
+def test_outer_momentum_is_that_of_diloco():
+    """The change of the mean is the gradient of what members agree on; checked against NumPy."""
+    nets, model, x, y = replicas()
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, None, weights=[2, 1, 1])
+    registry.sync("first", "nets")
+    agreed, velocity = array(nets[0].weights[0].value).astype("float64"), 0.0
+    before, after = Steps(nets), Steps(nets)
+    outer = keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True)
+    sync = PeriodicSync(registry, every=2, outer_optimizer=outer)
+    model.compile("sgd", ["mse"] * 3)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[before, sync, after])
+    for number in (1, 3, 5):
+        gradient = agreed - np.average(before.seen[number], axis=0, weights=[2, 1, 1])
+        velocity = 0.9 * velocity - 0.7 * gradient
+        agreed = agreed + 0.9 * velocity - 0.7 * gradient
+        for kernel in after.seen[number]:
+            np.testing.assert_allclose(kernel, agreed, rtol=1e-4, atol=1e-5)
+        assert all(np.array_equal(after.seen[number][0], kernel) for kernel in after.seen[number])
+
+
+def test_fedprox_is_a_soft_tie_to_what_was_agreed_last():
+    """Each client is pulled to the value of the last synchronization, an anchor that moves when they agree."""
+    nets, model, x, y = replicas(2)
+    registry, agreed = equalize.GroupRegistry(), keras.Variable(array(nets[0].weights[0].value), trainable=False)
+    kernels = [net.weights[0] for net in nets]
+    registry.tie("clients", kernels, None)
+    for i, kernel in enumerate(kernels):
+        registry.tie(f"proximal {i}", [kernel, agreed], MeanL2(factor=1.0))
+
+    class Agree(PeriodicSync):
+        def synchronize(self):
+            super().synchronize()
+            agreed.assign(self.registry["clients"].value)
+
+    model.compile("sgd", ["mse"] * 2)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[Agree(registry, "clients", every=2)])
+    assert bitwise_equal(*kernels)
+
+
+def test_a_free_group_is_measured_saved_and_replaced(tmp_path):
+    nets, model, x, y = replicas()
+    registry = equalize.GroupRegistry()
+    groups = registry.tie("nets", nets, None)
+    assert [(group.rule, group.hard, group.projects) for group in groups] == [(None, False, False)] * 2
+    assert all(weight.constraint is None and weight.regularizer is None for weight in model.weights)
+    model.compile("sgd", ["mse"] * 3)
+    monitor = TieMonitor(registry)
+    model.fit(x, y, verbose=0, callbacks=[monitor])
+    assert monitor.history["nets/dense/kernel"][0] > 0.0
+    lines = []
+    registry.summary(lines.append)
+    assert "free" in lines[0]
+    advice = registry.advise(model, x, y, print_fn=lines.append)
+    assert set(advice) == set(registry)
+    registry.plot(tmp_path / "free.svg")
+    assert json.loads(json.dumps(registry.get_config()))["groups"][0]["rule"] is None
+    save_model(model, tmp_path / "model.keras", registry)
+    loaded, again = load_model(tmp_path / "model.keras")
+    assert [group.rule for group in again.values()] == [None, None]
+    again.replace("nets", Equal())
+    again.sync("mean", "nets")
+    assert bitwise_equal(*[net.weights[0] for net in loaded.layers if isinstance(net, keras.Sequential)])
+    again.replace("nets", None)
+    assert all(weight.constraint is None for weight in loaded.weights)
+    registry.check()
+    assert float(array(registry.penalty())) == 0.0
+
+
+def test_free_groups_refuse_what_needs_a_tie():
+    nets, *_ = replicas()
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, None)
+    with pytest.raises(EqualizeError, match="has no penalty"):
+        registry.penalty("nets")
+    with pytest.raises(EqualizeError, match="cannot be projected"):
+        registry.project("nets")
+
+
+def test_free_members_through_views():
+    left, right = (keras.Variable(np.random.default_rng(seed).normal(size=(2, 2)).astype("float32")) for seed in (0, 1))
+    registry = equalize.GroupRegistry()
+    group = registry.tie("pair", [left, (right, Transpose())], None)
+    mean = (array(left.value) + array(right.value).T) / 2
+    np.testing.assert_allclose(array(group.value), mean, rtol=1e-6)
+    registry.sync("mean", "pair")
+    assert bits(left) == np.ascontiguousarray(array(right.value).T).tobytes()
+
+
+def test_statistics_become_free_with_the_weights_and_tied_again():
+    layers = [[keras.layers.Dense(3), keras.layers.BatchNormalization()] for _ in range(2)]
+    nets = [keras.Sequential([keras.Input((4,)), *each]) for each in layers]
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, Equal(), statistics=True)
+    registry.replace("nets", None)
+    assert {group.rule for group in registry.values()} == {None}
+    registry.replace("nets", Equal())
+    assert all(group.hard for group in registry.values())
+    nets[1].layers[1].moving_mean.assign(np.ones(3))
+    registry.project()
+    assert set(registry.spread().values()) == {0.0}
+
+
+def test_a_model_without_members_is_an_error():
+    _nets, model, x, y = replicas()
+    registry = equalize.GroupRegistry()
+    registry.tie("others", replicas()[0], None)
+    model.compile("sgd", ["mse"] * 3)
+    with pytest.raises(NotLinkedError, match="nothing to synchronize"):
+        model.fit(x, y, verbose=0, callbacks=[PeriodicSync(registry, every=2)])
