@@ -23,6 +23,7 @@ from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._reports import plots
 from equalize._reports.invariance import asymmetry, has_invariant
+from equalize._ties import following
 from equalize._ties.bound import Bound
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, NotLinkedError
@@ -420,7 +421,8 @@ class PeriodicSync(keras.callbacks.Callback):
             )
         for group in groups:
             self._driven.enter_context(group.driven())
-        _retrace_groups([group for group in groups if group.tying.directed])
+        if self._followed() and not isinstance(self.model.train_function, _WhileDriven):
+            living.retrace_model(self.model)
         self._steps = 0
         for group in self._led() if self.outer_optimizer is not None else ():
             value = group.value
@@ -440,16 +442,17 @@ class PeriodicSync(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._driven.close()
-        _retrace_groups([group for group in self._groups() if group.tying.directed])
+        followed, function = self._followed(), self.model.train_function
+        if followed and not isinstance(function, _WhileDriven):
+            self.model.train_function = _WhileDriven(function, self.model, followed)
 
     def synchronize(self) -> None:
         """Makes the members equal now."""
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
+        following.move(self._followed())
         for group in self._groups():
-            if group.tying.directed:
-                group.project()
-            elif group.name not in self._agreed:
+            if not group.tying.directed and group.name not in self._agreed:
                 group.sync(self.method)
         led = self._led() if self._agreed else []
         if led:
@@ -461,10 +464,27 @@ class PeriodicSync(keras.callbacks.Callback):
     def _groups(self) -> list[TiedGroup]:
         return self.registry.select(self.names)
 
+    def _followed(self) -> list[TiedGroup]:
+        """The groups whose members follow here, in place of the optimizer's step."""
+        return [group for group in self._groups() if group.tying.directed]
+
     def _led(self) -> list[TiedGroup]:
         """The groups for which the outer optimizer takes steps: those that nothing holds."""
         groups = [group for group in self._groups() if group.tying.same_shape and not group.of_statistics]
         return [group for group in groups if not any(member.anchor for member in group.members)]
+
+
+class _WhileDriven:
+    """What a model trains by, traced while a callback had members follow; without one it is traced anew."""
+
+    def __init__(self, function: Callable[..., Any], model: keras.Model, groups: Sequence[TiedGroup]):
+        self._function, self._model, self._groups = function, model, groups
+
+    def __call__(self, *args: Any) -> Any:
+        if all(group.is_driven for group in self._groups):
+            return self._function(*args)
+        living.retrace_model(self._model)
+        return self._model.train_function(*args)
 
 
 class TiedCheckpoint(keras.callbacks.ModelCheckpoint):

@@ -124,7 +124,8 @@ class Equal(GroupConstraint):
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras constraint for the common value, as an object, a config or a name. For a convex one the
             result is the exact projection onto "all equal and each satisfies `inner`"; for another, such as
-            `UnitNorm`, it is `inner` of the mean and no more.
+            `UnitNorm`, it is `inner` of the mean and no more. Or another rule, for another part of the variable: rules
+            with views that do not overlap go one inside the other.
 
     Raises:
         EqualizeError: `group` is empty, `rate` or `weight` is out of range, or `inner` ties as well.
@@ -254,14 +255,21 @@ class Follow(GroupConstraint):
     def weighted(self) -> bool:
         return False
 
+    @property
+    def fresh(self) -> bool:
+        return isinstance(self.rate, float) and self.rate < 1.0
+
     def checked_strength(self, strength: Any) -> float:
         return arguments.number("rate", strength, low=0.0, high=1.0)
 
     def project(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        leader = values[self.fixed.index(True)]
+        place = self.fixed.index(True)
+        leader = values[place]
         if isinstance(self.rate, float) and self.rate == 1.0:
             return [leader] * len(values)
-        return means.approach(values, leader, self.rate)
+        others = [*values[:place], *values[place + 1 :]]
+        moved = means.approach(others, [leader] * len(others), self.rate)
+        return [*moved[:place], leader, *moved[place:]]
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -74,7 +74,10 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     Through views the gradient of the common value is the sum of the adjoints, Σ Vᵢᵀ(gᵢ). Missing gradients count as
     zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not
-    tied, are trained as usual. Entries of a member that a `Slice` leaves free have slots of their own.
+    tied, are trained as usual. Entries of a member that a `Slice` leaves free have slots of their own. Slots have the
+    shape of the variable that is updated, so where parts of one variable are tied to each other there is room for all
+    of them, and that of one is used. Members may have several floating dtypes: the widest is updated, and the others
+    show it rounded.
 
     The learning rate, `iterations`, `variables`, settings such as `use_ema` and `clipnorm`, and what callbacks do with
     them are the inner optimizer's. What it decides variable by variable, for instance by `exclude_from_weight_decay`

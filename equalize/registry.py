@@ -97,7 +97,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
     def _link(self, models: Sequence[keras.Layer], initial: str = "first") -> "GroupRegistry":
         """Links models as `link` does; their variables must have values, also where Keras infers shapes at the time."""
         restored = planning.restore(self, self._pending, models, initial)
-        found = discovery.find_groups(models, ruleless=bool(restored))
+        found = discovery.find_groups(models, ruleless=bool(restored) or self._has_members_in(models))
         known = dict(self)
         new: list[planning.Plan] = []
         adopted: dict[str, TiedGroup] = {}
@@ -294,7 +294,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return [group for group in self.values() if group.of_statistics and group.tie in ties - partly]
 
     def untie(self, *names: str) -> None:
-        """Dissolves groups, all where none is named; the variables keep their values, and their inner rules.
+        """Dissolves groups, all where none is named; the variables keep their values, and what they had before.
 
         What was untied is plain Keras again, config included: layers that declare the rule are left with what it had
         inside, so the model saves with no mention of `equalize` and loads where `equalize` is not installed. A
@@ -643,6 +643,11 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 attach_statistics(other, group)
             if not tie:
                 del self._groups[group.name]
+
+    def _has_members_in(self, models: Sequence[keras.Layer]) -> bool:
+        """Whether models have a member, of a free group for instance, of which there is no sign on a variable."""
+        known = {id(variable) for variable in _variables(self.values())}
+        return any(id(weight) in known for model in models for weight in getattr(model, "weights", ()))
 
     def _expect(self, other: "GroupRegistry") -> None:
         """Takes over the ties of a config that another registry has yet to link, but for groups that are here."""

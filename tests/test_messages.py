@@ -23,7 +23,7 @@ for found in pkgutil.iter_modules(messages.__path__):
 FOLDER = pathlib.Path(equalize.__file__).parent
 
 # Places that only a step on JAX reaches, by file and function.
-ON_JAX = {("_ties/tied_group.py", name) for name in ("_anchored_value", "_require_reach", "_require_values")}
+ON_JAX = {("_ties/tied_group.py", name) for name in ("_anchored_value", "require_reach", "_require_values")}
 
 
 def wrapped(text):

@@ -137,8 +137,8 @@ def test_fedprox_is_a_soft_tie_to_what_was_agreed_last():
 def test_a_free_group_is_measured_saved_and_replaced(tmp_path):
     nets, model, x, y = replicas()
     registry = equalize.GroupRegistry()
-    groups = registry.tie("nets", nets, None)
-    assert [(group.rule, group.hard, group.projects) for group in groups] == [(None, False, False)] * 2
+    registry.tie("nets", nets, None)
+    assert [(group.rule, group.hard, group.projects) for group in registry.values()] == [(None, False, False)] * 2
     assert all(weight.constraint is None and weight.regularizer is None for weight in model.weights)
     model.compile("sgd", ["mse"] * 3)
     monitor = TieMonitor(registry)

@@ -16,7 +16,7 @@ from equalize.regularizers import MeanL2
 from equalize.saving import load_model, save_model
 from equalize.views import Chain, Pattern, Scale, Slice, Transpose
 from tests.bare import random_gradients, stepper
-from tests.conftest import MODES, QUICK, bits, bitwise_equal, data, gradients
+from tests.conftest import BACKEND, MODES, QUICK, bits, bitwise_equal, data, gradients, in_new_processes
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1),
@@ -106,7 +106,7 @@ def test_two_tables_that_overlap_in_old_rows_and_share_new_ones(order):
         registry.tie(*ties[place], Equal())
     step = stepper(keras.optimizers.SGD(0.1), [new, other])
     before = array(old.value)
-    if keras.backend.backend() == "jax":  # an optimizer alone does not carry what is frozen
+    if BACKEND == "jax":  # an optimizer alone does not carry what is frozen
         return
     for arrays in random_gradients(3, (8, 3), (8, 3)):
         step([ops.convert_to_tensor(x) for x in arrays])
@@ -441,10 +441,72 @@ def test_patterns_that_make_no_sense_are_refused(make, match):
 def test_a_step_of_parts_has_no_scatter():
     """The sum over entries that repeat is taken in one order: by gathers alone, which no backend orders anew."""
     jax = pytest.importorskip("jax")
-    if keras.backend.backend() != "jax":
+    if BACKEND != "jax":
         pytest.skip("programs are read on JAX")
     view = Pattern(np.arange(12).reshape(3, 4) % 5, (5,))
     for function in (view.least_squares, view.adjoint, view.forward):
         shape = (5,) if function == view.forward else (3, 4)
         program = jax.jit(function).lower(np.zeros(shape, "float32")).as_text()
         assert "scatter" not in program
+
+
+def attention_of_one_key_head():
+    attention = keras.layers.MultiHeadAttention(num_heads=4, key_dim=2, name="attention")
+    inputs = keras.Input((3, 8))
+    return keras.Model(inputs, attention(inputs, inputs)), attention
+
+
+def test_grouped_query_attention_is_saved_loaded_and_trained_on(tmp_path):
+    """Two key heads and two value heads for four query heads."""
+    model, attention = attention_of_one_key_head()
+    registry = equalize.GroupRegistry()
+    for name in ("key", "value"):
+        kernel = getattr(attention, f"{name}_dense").kernel
+        for half in (0, 1):
+            heads = [(kernel, Slice((0, head, 0), (8, 1, 2))) for head in (2 * half, 2 * half + 1)]
+            registry.tie(f"{name} {half}", heads, Equal())
+    x = np.random.default_rng(0).normal(size=(16, 3, 8)).astype("float32")
+    model.compile(TiedOptimizer("adam", registry), "mse")
+    model.fit(x, x, batch_size=8, verbose=0)
+    advice = registry.advise(model, x, x, print_fn=lambda text: None)
+    assert all(each.cosine == each.cosine for each in advice.values())
+    save_model(model, tmp_path / "model.keras", registry)
+    loaded, again = load_model(tmp_path / "model.keras")
+    loaded.fit(x, x, batch_size=8, verbose=0)
+    for ties, layer in ((registry, attention), (again, loaded.get_layer("attention"))):
+        assert parts_equal(ties)
+        for kernel in (layer.key_dense.kernel, layer.value_dense.kernel):
+            value = array(kernel.value)
+            np.testing.assert_array_equal(value[:, 0], value[:, 1])
+            np.testing.assert_array_equal(value[:, 2], value[:, 3])
+            assert (value[:, 1] != value[:, 2]).all()
+
+
+def _train_parts_of_a_sharded_kernel():
+    devices = keras.distribution.list_devices()
+    assert len(devices) == 2
+    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], devices)
+    layout = keras.distribution.LayoutMap(mesh)
+    layout["fused/kernel"] = (None, "model")
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout))
+    fused, apart = keras.layers.Dense(8, name="fused"), [keras.layers.Dense(4, name=f"apart_{i}") for i in range(2)]
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Concatenate()([layer(inputs) for layer in (fused, *apart)]))
+    registry = equalize.GroupRegistry()
+    for i, layer in enumerate(apart):
+        registry.tie(f"part {i}", [layer.kernel, (fused.kernel, Slice((0, 4 * i), (4, 4)))], Equal())
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    y = np.random.default_rng(1).normal(size=(8, 16)).astype("float32")
+    for optimizer in ("adam", TiedOptimizer("adam", registry)):
+        model.compile(optimizer, "mse")
+        for _ in range(3):
+            model.train_on_batch(x, y)
+            assert set(registry.spread().values()) == {0.0}
+            whole = np.concatenate([array(layer.kernel.value) for layer in apart], axis=1)
+            np.testing.assert_array_equal(array(fused.kernel.value), whole)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="sharded variables are JAX's")
+def test_parts_of_a_sharded_kernel():
+    flags = "--xla_force_host_platform_device_count=2"
+    assert in_new_processes(_train_parts_of_a_sharded_kernel, [()], XLA_FLAGS=flags) == [0]

@@ -282,13 +282,17 @@ def test_no_finding_says_that_a_rule_was_dropped_that_was_replaced():
     assert [finding.kind for finding in registry.diagnose()] == ["unequal"]
 
 
-def test_a_rule_that_is_replaced_leaves_its_inner_constraint_in_the_config():
+def test_a_rule_that_is_replaced_takes_what_it_brought_with_it():
     model = towers(2)
     registry = equalize.GroupRegistry()
-    registry.tie("towers", kernels(model), Equal(inner="non_neg"))
-    registry.replace("towers", Equal())
-    copy = equalize.GroupRegistry.from_config(registry.get_config()).link(keras.models.clone_model(model))
-    assert copy["towers"].rule.describe() == registry["towers"].rule.describe() == "Equal(inner='NonNeg')"
+    for brings, slot in ((Equal(inner="non_neg"), "constraint"), (MeanL2(factor=0.1, inner="l2"), "regularizer")):
+        registry.tie("towers", kernels(model), brings)
+        registry.replace("towers", Equal())
+        copy = equalize.GroupRegistry.from_config(registry.get_config()).link(keras.models.clone_model(model))
+        assert copy["towers"].rule.describe() == registry["towers"].rule.describe() == "Equal()"
+        registry.replace("towers", brings)
+        registry.untie()
+        assert all(getattr(kernel, slot) is None for kernel in kernels(model))
 
 
 def test_a_rule_that_is_replaced_does_not_take_over_what_the_layers_have_themselves():

@@ -148,6 +148,9 @@ split = _native.split
 mix = _native.mix
 """`(1 − share)·left + share·right`, and exactly `left` wherever both are the same number; nothing overflows."""
 
+approach = _native.approach
+"""`value + rate·(target − value)` for tensors and their targets, in as few passes and calls as the backend can."""
+
 # ---- layers
 
 replace_parameter = _native.replace_parameter

@@ -229,6 +229,18 @@ def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
     return mix_in_passes(left, right, share)
 
 
+def approach(values: Sequence[Tensor], targets: Sequence[Tensor], rate: float) -> list[Tensor]:
+    traced = any(is_traced(x) for x in (*values, *targets))
+    return (_approach if traced else _approach_at_once)(list(values), list(targets), rate)
+
+
+def _approach(values: Sequence[Tensor], targets: Sequence[Tensor], rate: float) -> list[Tensor]:
+    return [value + rate * (target - value) for value, target in zip(values, targets, strict=True)]
+
+
+_approach_at_once = jax.jit(_approach)
+
+
 def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
     return write_one_by_one(variables, values)
 

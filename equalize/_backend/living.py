@@ -55,10 +55,15 @@ def retrace(variables: Iterable[keras.Variable]) -> None:
         variables: Variables that have changed their rule or their layers.
     """
     for model in models_holding([variable for variable in variables if backend.may_be_traced(variable)]):
-        for kind in ("train", "test", "predict"):
-            if getattr(model, f"{kind}_function", None) is not None:
-                backend.forget_traces(getattr(model, f"{kind}_step"))
-                getattr(model, f"make_{kind}_function")(force=True)
+        retrace_model(model)
+
+
+def retrace_model(model: keras.Model) -> None:
+    """Makes a model retrace its functions, also while it trains."""
+    for kind in ("train", "test", "predict"):
+        if getattr(model, f"{kind}_function", None) is not None:
+            backend.forget_traces(getattr(model, f"{kind}_step"))
+            getattr(model, f"make_{kind}_function")(force=True)
 
 
 def _subclasses(kind: type) -> Iterator[type]:

@@ -209,6 +209,10 @@ def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
     return mix_in_passes(left, right, share)
 
 
+def approach(values: Sequence[Tensor], targets: Sequence[Tensor], rate: float) -> list[Tensor]:
+    return [value + rate * (target - value) for value, target in zip(values, targets, strict=True)]
+
+
 def write(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> list[Tensor]:
     return write_one_by_one(variables, values)
 

@@ -18,6 +18,7 @@ from equalize._backend.keras_private import held_value, in_symbolic_scope, repla
 from equalize._backend.tensors import Columns, Tensor, WriteTracker, mix_in_passes, track_one_by_one, write_one_by_one
 
 _COPY = getattr(torch, "_foreach_copy_")  # noqa: B009 - PyTorch lists it for no type checker
+_LERP = getattr(torch, "_foreach_lerp")  # noqa: B009 - PyTorch lists it for no type checker
 _VERSION = operator.attrgetter("_version")
 _DEREFERENCE = weakref.ref.__call__
 
@@ -178,6 +179,10 @@ def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
     else:
         mixed = torch.lerp(left, right, share) if share > 0.5 else torch.lerp(right, left, 1.0 - share)
     return mixed if bool(torch.isfinite(mixed.sum())) else mix_in_passes(left, right, share)
+
+
+def approach(values: Sequence[Tensor], targets: Sequence[Tensor], rate: float) -> list[Tensor]:
+    return list(_LERP(list(values), list(targets), rate))
 
 
 def replace_parameter(layer: keras.Layer, old: keras.Variable, new: keras.Variable) -> None:

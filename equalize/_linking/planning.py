@@ -96,7 +96,7 @@ def plan_replacement(group: TiedGroup, rule: Rule | None) -> Callable[[], None]:
         )
     members = group.members
     validation.require_several(group.name, members, ())
-    mixed = rule.hard and any(member.common_dtype for member in members)
+    mixed = rule.hard and group.mixed
     validation.require_fit(group.name, members, [rule] * len(members), mixed=mixed)
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(group.name, members, rule, besides=group)
@@ -105,12 +105,10 @@ def plan_replacement(group: TiedGroup, rule: Rule | None) -> Callable[[], None]:
     common = common_inner(rule, members, inner)
     if rule.slot == "constraint":
         _require_projectable(group.name, members, rule, common)
-    # What the old rule brought stays on the variables, so in the config.
-    given = bound.own(group.tying) if rule.inner is None and rule.slot == group.tying.slot else rule.inner
 
     def apply() -> None:
         bound.detach(group)
-        group.adopt(rule.having(inner=given), members, common)
+        group.adopt(rule, members, common)
         if not group.of_statistics:
             _attach(group, zip(group.members, inner, strict=True))
 

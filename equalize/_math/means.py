@@ -57,16 +57,16 @@ def relax(values: Sequence[Tensor], target: Tensor, rate: float | Tensor) -> lis
     return [ops.cast(backend.mix(widen(value), target, rate), dtype) for value in values]
 
 
-def approach(values: Sequence[Tensor], target: Tensor, rate: float | Tensor) -> list[Tensor]:
-    """Moves each value the fraction `rate` of the way to `target`: `value + rate·(target − value)`.
+def approach(values: Sequence[Tensor], targets: Sequence[Tensor], rate: float | Tensor) -> list[Tensor]:
+    """Moves each value the fraction `rate` of the way to its target: `value + rate·(target − value)`.
 
     As `relax`, with less rounding where the rate is small: an average over many steps adds up what each rounds.
     """
     if not isinstance(rate, float) or rate > 0.5:
-        return relax(values, target, rate)
-    dtype, target = backend.dtype(target), widen(target)
-    part = rate * target
-    return [ops.cast(widen(value) + (part - rate * widen(value)), dtype) for value in values]
+        return [relax([value], target, rate)[0] for value, target in zip(values, targets, strict=True)]
+    dtype = backend.dtype(values[0])
+    moved = backend.approach(list(map(widen, values)), list(map(widen, targets)), rate)
+    return [value if backend.dtype(value) == dtype else ops.cast(value, dtype) for value in moved]
 
 
 def are_small(values: Sequence[Tensor]) -> bool:

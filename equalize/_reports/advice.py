@@ -85,9 +85,12 @@ def _advice(
 ) -> Advice:
     moving = [member for member in group.members if not member.anchor]
     sums: list[Any] = [0.0] * len(moving)
+    variables = {id(member.variable): member.variable for member in moving}
     for batch, size in batches:
-        found = backend.gradients(_loss_of(model, *batch), [member.variable for member in moving])
-        for i, gradient in enumerate(found):
+        found = backend.gradients(_loss_of(model, *batch), list(variables.values()))
+        by_variable = dict(zip(variables, found, strict=True))
+        for i, member in enumerate(moving):
+            gradient = by_variable[id(member.variable)]
             if gradient is not None:
                 pulled = backend.array(moving[i].adjoint(gradient)).astype("float64")
                 sums[i] = sums[i] + size * pulled

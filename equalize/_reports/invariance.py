@@ -7,14 +7,16 @@ from keras import ops
 from equalize._backend import Tensor
 from equalize._math import symmetry
 from equalize._ties import effects
+from equalize._ties.bound import Bound
 from equalize.constraints import Invariant
 
 
 def has_invariant(constraint: Any) -> bool:
-    """Whether a constraint is an `Invariant`, or carries one inside."""
+    """Whether a constraint is an `Invariant`, or carries one inside; a tie that its group's rule brings, too."""
     if constraint is None or isinstance(constraint, Invariant):
         return constraint is not None
-    return has_invariant(getattr(constraint, "inner", None))
+    brought = constraint.group.inner if isinstance(constraint, Bound) else None
+    return has_invariant(brought) or has_invariant(getattr(constraint, "inner", None))
 
 
 def asymmetry(constraint: Any, w: Tensor) -> float:

@@ -77,7 +77,15 @@ class BoundConstraint(Bound, keras.constraints.Constraint):
 
 
 class BoundRegularizer(Bound, keras.regularizers.Regularizer):
-    """The regularizer of a member: its share of the group's penalty, and what was there before."""
+    """The regularizer of a member: its share of the group's penalty, and what was there before.
+
+    Attributes:
+        brings: Whether the innermost is the `inner` of the group's rule, and goes with it.
+    """
+
+    def __init__(self, group: Any, member: Member, inner: Any, *, brings: bool = False):
+        super().__init__(group, member, inner)
+        self.brings = brings
 
     def __call__(self, x: Tensor) -> Tensor:
         for statistics in self.group.statistics:
@@ -178,7 +186,7 @@ def attach(group: Any, member: Member, inner: Any) -> None:
                 constraint, lambda tie: BoundConstraint(group, member, kept(tie.inner)) if declares(tie) else tie
             )
         else:
-            variable.constraint = _around(constraint, group, member, inner)
+            variable.constraint = _around(constraint, group, member)
         if chain is not None or group.statistics or keras.backend.backend() == "jax":
             _regularize(variable, own(chain))
         return
@@ -187,18 +195,18 @@ def attach(group: Any, member: Member, inner: Any) -> None:
             chain, lambda tie: BoundRegularizer(group, member, tie.inner) if declares(tie) else tie
         )
         return
-    if own(chain) is None and inner is not None:
+    brings = own(chain) is None and inner is not None
+    if brings:
         _regularize(variable, inner)
-    variable.regularizer = BoundRegularizer(group, member, variable.regularizer)
+    variable.regularizer = BoundRegularizer(group, member, variable.regularizer, brings=brings)
 
 
-def _around(constraint: Any, group: Any, member: Member, inner: Any) -> BoundConstraint:
+def _around(constraint: Any, group: Any, member: Member) -> BoundConstraint:
     """A tie around what a variable has; inside of those in which it leads, since what follows is what it becomes."""
     if isinstance(constraint, BoundConstraint) and constraint.member.leads and not member.leads:
-        constraint.inner = _around(constraint.inner, group, member, inner)
+        constraint.inner = _around(constraint.inner, group, member)
         return constraint
-    whole = member.whole and not isinstance(constraint, BoundConstraint)
-    return BoundConstraint(group, member, inner if whole else constraint)
+    return BoundConstraint(group, member, constraint)
 
 
 def attach_statistics(group: Any, statistics: Any) -> None:
@@ -210,14 +218,18 @@ def attach_statistics(group: Any, statistics: Any) -> None:
 
 
 def detach(group: Any) -> None:
-    """Takes a group's rule off its variables and leaves what was inside."""
+    """Takes a group's rule off its variables, with what it brought, and leaves what was there before."""
 
     def inside(tie: Tying) -> Any:
         return tie.inner if group_of(tie) is group else tie
 
     for member in group.members:
-        member.variable.constraint = _changed(member.variable.constraint, inside)
-        member.variable.regularizer = _changed(member.variable.regularizer, inside)
+        variable = member.variable
+        ties = [tie for tie in chain_of(variable.regularizer) if isinstance(tie, BoundRegularizer)]
+        if any(tie.group is group and tie.brings for tie in ties):
+            variable.regularizer = _with_own(variable.regularizer, None)
+        variable.constraint = _changed(variable.constraint, inside)
+        variable.regularizer = _changed(variable.regularizer, inside)
 
 
 def without(outermost: Any, group: Any) -> Any:

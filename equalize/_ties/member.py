@@ -84,6 +84,11 @@ class Member:
         return self._variable() is not None
 
     @property
+    def variable_or_none(self) -> keras.Variable | None:
+        """The variable, or None where it no longer exists."""
+        return self._variable()
+
+    @property
     def constant(self) -> bool:
         """Whether the member is an array that was given, not a variable of a model."""
         return self._constant is not None

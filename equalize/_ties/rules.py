@@ -98,6 +98,11 @@ class Rule(Tying, abc.ABC):
         return True
 
     @property
+    def fresh(self) -> bool:
+        """Whether `project` returns a new tensor for each member that moves, which no variable holds."""
+        return False
+
+    @property
     def count(self) -> int | None:
         """How many members the rule is for; None for any number."""
         return None

@@ -5,14 +5,15 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+import keras
 import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
-from equalize._backend import Tensor, keras_private
+from equalize._backend import Tensor
 from equalize._inputs.arguments import received
 from equalize._math import means
-from equalize._ties import bound, together
+from equalize._ties import bound, following, together
 from equalize._ties.group import Group
 from equalize._ties.member import Member, listing
 from equalize._ties.rules import Free, Rule
@@ -31,6 +32,9 @@ class TiedGroup(Group):
         tie: The name of the tie of layers that made the group, with others; None where it was tied alone.
         of_statistics: Whether the members are moving statistics, which no optimizer trains.
         statistics: The groups of moving statistics that are kept equal with this group.
+        mixed: Whether the members have several dtypes.
+        led: The steps in which members have followed.
+        is_driven: Whether a callback has the others follow, in place of the optimizer's step.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class TiedGroup(Group):
         self._unchanged: Callable[[], bool] | None = None  # since statistics were made equal
         self._held: list[int] = []  # the anchors that the others keep alive, by their ids
         self._shared_updates = 0
-        self._driven = False  # whether a callback has the others follow, in place of the optimizer's step
+        self.is_driven = False
         self.adopt(rule, members, inner)
 
     def adopt(self, rule: Rule, members: Sequence[Member], inner: Any) -> None:
@@ -65,17 +69,23 @@ class TiedGroup(Group):
         for place, (member, dtype) in enumerate(zip(members, dtypes, strict=True)):
             member.leads = place == 0 if rule.directed else None
             member.common_dtype = widest if widest is not None and dtype != widest else None
+        self.mixed = any(member.common_dtype is not None for member in members)
         self._strength: Any = None  # a variable that compiled steps read the rule's strength from
         self._projections: weakref.WeakKeyDictionary[Any, Projection] = weakref.WeakKeyDictionary()
         self._penalty: Penalty | None = None
-        self._led: weakref.WeakSet[Any] = weakref.WeakSet()  # steps in which members have followed
+        self.led: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def members(self) -> tuple[Member, ...]:
-        members = tuple(member for member in self._members if member.alive)
+        return self.living()[0]
+
+    def living(self) -> tuple[tuple[Member, ...], list[keras.Variable]]:
+        """The members whose variables exist, and these: what is held does not go while it is worked with."""
+        found = [(member, member.variable_or_none) for member in self._members]
+        members = tuple(member for member, variable in found if variable is not None)
         if self._held != [id(member.variable) for member in members if member.anchor]:
             self.hold_anchors()
-        return members
+        return members, [variable for _, variable in found if variable is not None]
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -122,11 +132,11 @@ class TiedGroup(Group):
     @contextlib.contextmanager
     def driven(self) -> Iterator[None]:
         """While something else has followers follow, a step of an optimizer leaves them alone."""
-        self._driven = True
+        self.is_driven = True
         try:
             yield
         finally:
-            self._driven = False
+            self.is_driven = False
 
     def hold_anchors(self) -> None:
         """Has the members that may move keep the others alive: a pull must not end because its anchor is forgotten.
@@ -198,12 +208,15 @@ class TiedGroup(Group):
             return self._constrained(caller, inside)
         if caller is not None and self.tying.directed:
             return self._lead(caller, inside)
-        if caller is not None and any(member.common_dtype for member in self._members):
+        if caller is not None and self.mixed:
             raise EqualizeError(
                 f"Group '{self.name}' has members of several dtypes, and their mean would be rounded at every step: "
                 f"{self.describe()} alone cannot keep it. Expected: `equalize.optimizers.TiedOptimizer`, which updates "
                 f"the widest and rounds it for the others. Received: another optimizer.{listing(self.members)}"
             )
+        if self.tying.directed:
+            following.move([self])
+            return None
         step = backend.applying() or self
         projection = self._projections.get(step)
         if projection is not None and caller is not None:
@@ -212,8 +225,8 @@ class TiedGroup(Group):
                 del self._projections[step]
             if served is not None:
                 return served
-        members = self.members
-        self._require_reach(members)
+        members, _held = self.living()
+        self.require_reach(members)
         projected = None if step is self else together.projected(step, self)
         projected = self.projected(members) if projected is None else projected
         parts = parts_of((m, value) for m, value in zip(members, projected, strict=True) if not m.anchor)
@@ -239,42 +252,17 @@ class TiedGroup(Group):
         Where it is not trained nobody calls that, and the first call of the step works for all.
         """
         value = backend.read(caller.variable) if inside is None else inside
-        leader = next((member for member in self.members if member.leads), None)
-        step = backend.applying() or self
-        if leader is None or self._driven:
+        leader = next((member for member in self._members if member.leads and member.alive), None)
+        step = backend.applying()
+        if leader is None or self.is_driven or (leader.variable.trainable and caller is not leader):
             return value
-        if leader.variable.trainable and caller is not leader:
+        if step is not None and step in self.led:
             return value
-        if step in self._led:
-            return value
-        if step is not self:
-            self._led.add(step)
-        due = self._due(step)
-        followed = {}
-        for group in (self, *(group for group in self.statistics if group.tying.directed)):
-            members = group.members
-            group._require_reach(members)
-            given = {leader: value} if caller is leader and group is self else {}
-            pulled = group.pulled(members, given)
-            moved = group.computing_rule(members).project(pulled)
-            if due is not True:
-                moved = [ops.where(due, new, old) for new, old in zip(moved, pulled, strict=True)]
-            followed |= parts_of((m, new) for m, new in zip(members, moved, strict=True) if not m.anchor)
-        own = id(caller.variable)
-        written = [part for key, part in followed.items() if key != own]
-        backend.write([part.variable for part in written], [backend.own_copy(part.put()) for part in written])
-        return followed[own].put(value) if own in followed else value
-
-    def _due(self, step: Any) -> Any:
-        """Whether members follow in a step, as `every` says: True, or a scalar. By hand they do at every call."""
-        if step is self:
-            return True
-        optimizer, every = step.caller, self.tying.every
-        micro = optimizer.gradient_accumulation_steps or 1
-        if micro == every == 1:
-            return True
-        taken = ops.convert_to_tensor(keras_private.steps_taken(optimizer)) + 1
-        return taken % (micro * every) == 0
+        groups = [self] if step is None or caller is not leader else following.led_with(step, self)
+        for group in groups if step is not None else ():
+            group.led.add(step)
+        parts = following.move(groups, step, {leader: value} if caller is leader else {})
+        return backend.read(caller.variable) if id(caller.variable) in parts else value
 
     def projected(self, members: Sequence[Member]) -> list[Tensor]:
         """What the rule makes of the members, as their views pull them back.
@@ -332,8 +320,8 @@ class TiedGroup(Group):
         """
         for group in self.statistics:
             group.keep()
-        members = self.members
-        self._require_reach(members)
+        members, _held = self.living()
+        self.require_reach(members)
         written = backend.read(leader.variable)
         value = backend.computed_once(leader.least_squares(written))
         parts = parts_of((m, value) for m in members if not m.anchor and (m is not leader or value is not written))
@@ -353,7 +341,7 @@ class TiedGroup(Group):
             return  # the ones follow when the weights do, and the others are free
         members = self.members
         if in_loss:
-            self._require_reach(members)
+            self.require_reach(members)
         if backend.in_symbolic_scope() or not self.can_read(members):
             return
         if self._unchanged is not None and self._unchanged():
@@ -381,8 +369,8 @@ class TiedGroup(Group):
         penalty = self._penalty
         share = None if penalty is None else penalty.serve(member, x)
         if penalty is None or share is None:
-            members = self.members
-            self._require_reach(members)
+            members, _held = self.living()
+            self.require_reach(members)
             penalty = Penalty(self.computing_rule(members), self._factor, members)
             share = penalty.serve(member, x)
         self._penalty = None if penalty.spent else penalty  # no tensors of a step, and no trace, outlive it
@@ -463,7 +451,7 @@ class TiedGroup(Group):
             return not any(backend.is_purged(member.variable) for member in members)
         return all(backend.is_visible(member.variable) for member in members)
 
-    def _require_reach(self, members: Sequence[Member]) -> None:
+    def require_reach(self, members: Sequence[Member]) -> None:
         """On JAX a step sees and changes only what its scope carries; elsewhere everything."""
         if backend.in_symbolic_scope():
             return

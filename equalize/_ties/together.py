@@ -54,7 +54,7 @@ def _kind(group: Any) -> Hashable:
     members = group.members
     if not group.tying.entrywise or group.inner is not None or not group.can_read(members):
         return None
-    if any(member.common_dtype is not None for member in members):
+    if group.mixed:
         return None
     if any(member.anchor for member in members) or math.prod(members[0].common_shape) > means.SMALL:
         return None
