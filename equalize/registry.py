@@ -315,6 +315,100 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         self._keep_statistics()
         retrace(_variables(groups))
 
+    def split(self, name: str, *, atol: float) -> list[TiedGroup]:
+        """Has a soft or free group fall into hard groups, one for each cluster of members that are all but equal.
+
+        Two members are in one cluster if they lie within `atol` of each other, or a chain of such members leads from
+        one to the other (single linkage). Each cluster becomes a hard group of the mean of its members; members alone
+        become plain variables. So members that a soft tie has brought together are exactly equal from then on, which
+        `PairwiseNorm` and `PairwiseL1` alone do up to the optimizer's steps. Of a tie of layers, whole layers are
+        clustered, by all their weights.
+
+        Args:
+            name: Name of the group, or of a tie of layers. The new ones are `name/0`, `name/1` and so on, in the order
+                of their first members.
+            atol: The largest entry of |w_i − w_j|, as views pull members back, at which two members are neighbours.
+
+        Returns:
+            The new groups; none where all members are alone.
+
+        Raises:
+            EqualizeError: There is no such group, or `atol` is negative or not finite.
+            GroupMismatchError: The group is hard, or directed; or two members of a cluster do not move and differ.
+            TypeError: An argument is of the wrong type.
+
+        Example:
+        >>> import keras, equalize
+        >>> heads = [keras.layers.Dense(1) for _ in range(5)]
+        >>> built = [head.build((None, 2)) for head in heads]
+        >>> for head, value in zip(heads, (1.0, 1.01, 5.0, 5.01, 9.0)):
+        ...     _ = head.kernel.assign([[value], [value]])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("heads", [head.kernel for head in heads], None)
+        >>> groups = registry.split("heads", atol=0.1)
+        >>> [group.name for group in groups], [len(group.members) for group in groups]
+        (['heads/0', 'heads/1'], [2, 2])
+        >>> equalize.relation(heads[0].kernel, heads[1].kernel)
+        'equal'
+
+        Reference:
+            Hocking, Joulin, Bach and Vert, Clusterpath (2011), for the clusters that such penalties make.
+        """
+        _require_values("split")
+        groups = self.select([arguments.text("name", name, "the name of a group")])
+        atol = arguments.number("atol", atol, low=0.0)
+        planned = planning.plan_split(name, groups, atol, Equal(), self)
+        planning.require_apart(planned)
+        self.untie(*(group.name for group in groups))
+        made = [self._add(plan.establish("mean")) for plan in planned]
+        self._keep_statistics()
+        retrace(_variables(made))
+        return made
+
+    def anchor(self, name: str, layers: Any, rule: Rule, *, values: Sequence[Any] | None = None) -> list[TiedGroup]:
+        """Ties each trainable weight of layers to what it holds now, and will not hold for ever: L2-SP in one line.
+
+        Each is a group of the weight and a constant. With `equalize.regularizers.MeanL2(factor=α)` the penalty is
+        ½ · α · ‖w − w₀‖²; with `equalize.constraints.Equal(rate=r)` each step moves the weight back by the part r/2.
+
+        Args:
+            name: Name of the tie. The groups are `name/place of the weight`, for several layers
+                `name/number of the layer/place`.
+            layers: A layer or model, or a list of them.
+            rule: A rule of two members, without a group name.
+            values: What to tie to in place of what the weights hold: an array for each, in the order of
+                `trainable_weights`.
+
+        Returns:
+            The groups.
+
+        Raises:
+            GroupMismatchError: A name is taken, or an array has another shape than its weight.
+            NotLinkedError: A layer has no trainable weights.
+            EqualizeError: `values` are not one for each weight.
+            TypeError: An argument is of the wrong type.
+
+        Example:
+        >>> import keras, equalize
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+        >>> registry = equalize.GroupRegistry()
+        >>> groups = registry.anchor("pretrained", model, equalize.regularizers.MeanL2(factor=0.1))
+        >>> list(registry)[:2], float(keras.ops.convert_to_numpy(registry.penalty()))
+        (['pretrained/dense/kernel', 'pretrained/dense/bias'], 0.0)
+
+        Reference:
+            Li, Grandvalet and Davoine, Explicit inductive bias for transfer learning with convolutional networks
+            (2018), equation 2.
+        """
+        _require_values("anchor")
+        rule = discovery.required_rule(name, rule)
+        members = discovery.anchored(name, layers, values)
+        planned = [planning.plan(self, each, pair, rule, "first", name) for each, pair in members.items()]
+        planning.require_apart(planned)
+        groups = [self._add(plan.establish("first")) for plan in planned]
+        retrace(_variables(groups))
+        return groups
+
     def share(self, *names: str) -> list[keras.Variable]:
         """Makes the members of hard groups one variable, so that what is exported holds it once; dissolves the groups.
 

@@ -12,7 +12,7 @@ from tests.conftest import bits
 def picture(registry: equalize.GroupRegistry, *models: keras.Model):
     """Everything that a refused call must leave as it is: groups, rules, values, and what is on the variables."""
     groups = [
-        (name, id(group), id(group.rule), group.rule.describe(), [(m.path, m.view, m.weight) for m in group.members])
+        (name, id(group), id(group.rule), group.tying.describe(), [(m.path, m.view, m.weight) for m in group.members])
         for name, group in registry.items()
     ]
     weights = [weight for model in models for weight in model.weights]

@@ -280,6 +280,11 @@ def replace(w, name, rule):
 # How to call each public name, and arguments that are in order.
 CALLS = {
     "GroupRegistry.replace": (replace, lambda w: {"name": "soft", "rule": MeanL2(factor=1.0)}),
+    "GroupRegistry.split": (of(lambda w: w.registry.split), lambda w: {"name": "soft", "atol": 0.5}),
+    "GroupRegistry.anchor": (
+        of(lambda w: w.registry.anchor),
+        lambda w: {"name": "new", "layers": [w.layers["e"]], "rule": MeanL2(), "values": [np.ones((3, 3)), np.ones(3)]},
+    ),
     "GroupRegistry.extend": (
         of(lambda w: w.registry.extend),
         lambda w: {"name": "soft", "members": [w.e, (w.f, Transpose())], "weights": [2, 3]},

@@ -10,8 +10,8 @@ from keras import ops
 import equalize
 from equalize.callbacks import PeriodicSync, TieMonitor
 from equalize.constraints import Equal
-from equalize.errors import EqualizeError, NotLinkedError
-from equalize.regularizers import MeanL2
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
+from equalize.regularizers import MeanL2, PairwiseNorm
 from equalize.saving import load_model, save_model
 from equalize.views import Transpose
 from tests.conftest import BACKEND, MODES, bits, bitwise_equal
@@ -204,3 +204,103 @@ def test_a_model_without_members_is_an_error():
     model.compile("sgd", ["mse"] * 3)
     with pytest.raises(NotLinkedError, match="nothing to synchronize"):
         model.fit(x, y, verbose=0, callbacks=[PeriodicSync(registry, every=2)])
+
+
+# ---- groups that fall apart, and weights that are anchored
+
+
+def heads(*values):
+    layers = [keras.layers.Dense(2) for _ in values]
+    for layer, value in zip(layers, values, strict=True):
+        layer.build((None, 3))
+        layer.kernel.assign(np.full((3, 2), value))
+    return layers
+
+
+@pytest.mark.parametrize("rule", [None, MeanL2(factor=0.1), PairwiseNorm(factor=0.1, inner="l2")])
+def test_clusters_become_hard_groups_of_their_means(rule):
+    layers = heads(1.0, 5.0, 1.1, 9.0, 5.1, 1.2)
+    registry = equalize.GroupRegistry()
+    registry.tie("heads", [layer.kernel for layer in layers], rule)
+    groups = registry.split("heads", atol=0.11)
+    assert list(registry) == ["heads/0", "heads/1"] == [group.name for group in groups]
+    chains = [[layers[i].kernel for i in places] for places in ((0, 2, 5), (1, 4))]
+    for group, kernels, mean in zip(groups, chains, (1.1, 5.05), strict=True):
+        assert [member.variable for member in group.members] == kernels
+        assert group.hard
+        assert bitwise_equal(*kernels)
+        np.testing.assert_allclose(array(kernels[0].value), np.full((3, 2), mean), rtol=1e-6)
+    alone = layers[3].kernel
+    assert alone.constraint is None
+    assert all(layer.kernel.regularizer is None or BACKEND == "jax" for layer in layers)
+    assert (array(alone.value) == 9.0).all()
+
+
+def test_whole_layers_fall_apart_with_their_statistics():
+    def net(value):
+        net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.BatchNormalization()])
+        net.layers[0].kernel.assign(np.full((3, 2), value))
+        return net
+
+    nets = [net(value) for value in (1.0, 1.0, 2.0, 2.0)]
+    nets[1].layers[0].bias.assign([0.0, 3.0])  # so the first two are near in one weight only
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, MeanL2(factor=0.1), statistics=True)
+    registry.split("nets", atol=0.5)
+    assert len(registry) == 6
+    assert all(name.startswith("nets/0/") and len(group.members) == 2 for name, group in registry.items())
+    assert registry["nets/0/dense/kernel"].members[0].variable is nets[2].layers[0].kernel
+    assert sum(len(group.statistics) for group in registry.values()) == 4  # the two of gamma and of beta
+    registry.untie("nets/0")
+    assert not registry
+
+
+def test_members_that_lie_apart_become_free_and_what_is_hard_does_not_fall_apart():
+    layers = heads(1.0, 2.0, 3.0)
+    registry = equalize.GroupRegistry()
+    registry.tie("heads", [layer.kernel for layer in layers], None)
+    assert registry.split("heads", atol=0.5) == []
+    assert not registry
+    for rule in (Equal(), Equal(rate=0.5)):
+        registry.tie("heads", [layer.kernel for layer in layers], rule)
+        with pytest.raises(GroupMismatchError, match="cannot be split"):
+            registry.split("heads", atol=0.5)
+        registry.untie()
+
+
+def test_a_whole_model_is_anchored_in_one_line(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(4)])
+    model.layers[0].bias.assign([1.0, 2.0, 3.0])
+    registry = equalize.GroupRegistry()
+    groups = registry.anchor("pretrained", model, MeanL2(factor=0.5))
+    assert [group.name for group in groups] == [
+        f"pretrained/dense{i}/{kind}" for i in ("", "_1") for kind in ("kernel", "bias")
+    ]
+    start = [array(weight.value).copy() for weight in model.weights]
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    model.fit(x, x, batch_size=4, verbose=0)
+    expected = sum(0.25 * np.sum((array(w.value) - old) ** 2) for w, old in zip(model.weights, start, strict=True))
+    assert float(array(registry.penalty())) == pytest.approx(expected, rel=1e-4)
+    save_model(model, tmp_path / "model.keras", registry)
+    _, again = load_model(tmp_path / "model.keras")
+    assert float(array(again.penalty())) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_weights_are_anchored_to_can_be_given():
+    layers = heads(1.0, 2.0)
+    layers[1].bias.trainable = False
+    registry = equalize.GroupRegistry()
+    values = [np.zeros((3, 2)), np.ones(2), np.full((3, 2), 2.0)]
+    registry.anchor("zero", layers, MeanL2(factor=2.0), values=values)
+    assert list(registry) == ["zero/0/kernel", "zero/0/bias", "zero/1/kernel"]
+    assert float(array(registry.penalty())) == pytest.approx(6.0 + 2.0)
+    with pytest.raises(EqualizeError, match="one array for each trainable weight"):
+        equalize.GroupRegistry().anchor("more", layers, MeanL2(), values=values[:2])
+    with pytest.raises(GroupMismatchError, match="expected shape"):
+        equalize.GroupRegistry().anchor("more", layers, MeanL2(), values=[*values[:2], np.ones(3)])
+    layers[0].trainable = False
+    with pytest.raises(NotLinkedError, match="none that is trainable"):
+        equalize.GroupRegistry().anchor("more", layers[0], MeanL2())
+    with pytest.raises(TypeError, match="must be a layer"):
+        equalize.GroupRegistry().anchor("more", layers[0].kernel, MeanL2())

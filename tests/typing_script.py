@@ -49,6 +49,9 @@ def follow(registry: equalize.GroupRegistry, student: keras.Model, teacher: kera
     registry.tie("teacher", [student, teacher], Follow(rate=0.01, every=2), statistics=True)
     registry.tie("free", [student, teacher], None, weights=[3, 1])
     registry.extend("free", [teacher], weights=[2])
+    registry.anchor("start", student, MeanL2(factor=0.1), values=[weight.numpy() for weight in student.weights])
+    clusters: list[str] = [group.name for group in registry.split("free", atol=0.1)]
+    registry.untie(*clusters)
     return PeriodicSync(registry, "free", every=10, outer_optimizer=keras.optimizers.SGD(0.7, nesterov=True))
 
 

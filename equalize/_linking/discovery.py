@@ -200,6 +200,52 @@ def members_to_add(name: str, members: Any, groups: Sequence[TiedGroup]) -> dict
     return added
 
 
+def anchored(name: str, layers: Any, values: Any) -> dict[str, list[Member]]:
+    """The trainable weights of layers, each with a constant, by the names of their groups.
+
+    Raises:
+        NotLinkedError: A layer has no trainable weights.
+        EqualizeError: `values` are not one for each weight.
+        TypeError: Something else than layers is given, or `values` are not a list.
+    """
+    several = isinstance(layers, (list, tuple))
+    listed = list(layers) if several else [layers]
+    if not listed or not all(isinstance(layer, keras.Layer) for layer in listed):
+        raise TypeError(f"`layers` of '{name}' must be a layer, or a list of them. Received: {received(layers)}.")
+    found: dict[str, keras.Variable] = {}
+    listed = list(dict.fromkeys(listed))
+    for number, layer in enumerate(listed):
+        prefix = f"{name}/{number}" if several else name
+        task = f"Cannot anchor the weights of '{name}'"
+        paired = pairing.paired_weights(task, [layer])
+        trainable = {f"{prefix}/{place}": weights[0] for place, weights in paired.items() if weights[0].trainable}
+        if not trainable:
+            raise NotLinkedError(
+                f"{task}: layer '{layer.name}' has none that is trainable. Expected: a layer that trains. Set "
+                "`trainable = True`, or leave it out."
+            )
+        found |= trainable
+    order: dict[int, int] = {}
+    for weight in (weight for layer in listed for weight in layer.trainable_weights):
+        order.setdefault(id(weight), len(order))
+    if values is not None and not isinstance(values, (list, tuple)):
+        raise TypeError(f"`values` of '{name}' must be a list of arrays. Received: {received(values)}.")
+    if values is not None and len(values) != len(order):
+        raise EqualizeError(
+            f"`values` of '{name}' must be one array for each trainable weight. Expected: {len(order)}, as "
+            f"`[weight.numpy() for weight in layer.trainable_weights]` gives them; received {len(values)}."
+        )
+    arrays = {key: weight if values is None else values[order[id(weight)]] for key, weight in found.items()}
+    return {
+        key: [Member(weight), _member(name, _as_array(arrays[key]), backend.dtype(weight))]
+        for key, weight in found.items()
+    }
+
+
+def _as_array(value: Any) -> Any:
+    return backend.array(value.value).copy() if backend.is_variable(value) else value
+
+
 def owners(layers: Sequence[keras.Layer]) -> dict[int, keras.Layer]:
     """The layers that update moving statistics, among some and those inside them, by the ids of the statistics."""
     flat = [each for layer in layers for each in keras_private.flattened(layer)]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
@@ -14,6 +15,7 @@ from equalize._linking.inner import common_inner, inner_for
 from equalize._ties import bound, effects
 from equalize._ties.member import Member, listing
 from equalize._ties.rules import Rule
+from equalize._ties.spread import pulled_arrays, spread_between
 from equalize._ties.tied_group import TiedGroup, require_anchors_agree
 from equalize.errors import EqualizeError, GroupMismatchError
 
@@ -147,6 +149,48 @@ def plan_extension(group: TiedGroup, added: Sequence[Member], groups: Mapping[st
             group.project()
 
     return apply
+
+
+def plan_split(
+    name: str, groups: Sequence[TiedGroup], atol: float, rule: Rule, known: Mapping[str, TiedGroup]
+) -> list[Plan]:
+    """The groups of a hard rule into which groups fall, all of which have the same members or layers side by side."""
+    for group in groups:
+        if not group.of_statistics and (group.projects or not group.tying.same_shape):
+            raise GroupMismatchError(
+                f"Group '{group.name}' cannot be split: its rule is {group.describe()}. Expected: a soft or a free "
+                f"group, whose members may lie apart.{listing(group.members)}"
+            )
+    others = {key: group for key, group in known.items() if group not in groups}
+    weights = [group for group in groups if not group.of_statistics]
+    values = [[value.astype("float64") for value in pulled_arrays(group.members)] for group in weights]
+    if len({len(of_group) for of_group in values}) != 1:
+        raise GroupMismatchError(
+            f"The groups of '{name}' cannot be split: some have lost members. Expected: one number of members in each; "
+            f"received {[len(of_group) for of_group in values]}. Split them one by one."
+        )
+    planned = []
+    for number, near in enumerate(_clusters(values, atol)):
+        for group in groups:
+            suffix = group.name.removeprefix(name)
+            members = [group.members[place].copy() for place in near]
+            tie = None if group.tie is None else f"{name}/{number}"
+            own = f"{name}/{number}{suffix}"
+            planned.append(plan(others, own, members, rule, "mean", tie, of_statistics=group.of_statistics))
+    return planned
+
+
+def _clusters(values: Sequence[Sequence[np.ndarray]], atol: float) -> list[list[int]]:
+    """The places of members, or layers, that lie within `atol` of each other in all groups, by single linkage."""
+    count = len(values[0])
+    cluster = list(range(count))
+    for i in range(count):
+        for j in range(i):
+            if all(spread_between(members[i], members[j]) <= atol for members in values):
+                kept, gone = sorted((cluster[i], cluster[j]))
+                cluster = [kept if each == gone else each for each in cluster]
+    found = {each: [place for place in range(count) if cluster[place] == each] for each in sorted(set(cluster))}
+    return [places for places in found.values() if len(places) > 1]
 
 
 def _common_dtype(members: Sequence[Member]) -> str:

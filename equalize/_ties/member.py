@@ -66,6 +66,11 @@ class Member:
         self.leads: bool | None = None
         self.common_dtype: str | None = None
 
+    def copy(self) -> "Member":
+        """A member like this one, for another group."""
+        given = {"view": self.view, "weight": self.weight, "constant": self.constant, "owner": self.owner}
+        return Member(self.variable, **given)
+
     @property
     def variable(self) -> keras.Variable:
         """The `keras.Variable`; for a constant, one that is not trainable and that nobody else has."""

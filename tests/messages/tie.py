@@ -552,3 +552,74 @@ def extension_by_layers_of_another_structure():
     registry, layers = equalize.GroupRegistry(), dense("left", "right")
     registry.tie("pair", layers, Equal())
     registry.extend("pair", dense("third", use_bias=False))
+
+
+@message(
+    """
+    Group 'pair' cannot be split: its rule is Equal(). Expected: a soft or a free group, whose members
+    may lie apart.
+    Members:
+        'left/kernel' (4, 3) float32
+        'right/kernel' (4, 3) float32
+    """
+)
+def split_of_a_hard_group():
+    registry, _ = tied()
+    registry.split("pair", atol=0.1)
+
+
+@message(
+    """
+    The groups of 'pair' cannot be split: some have lost members. Expected: one number of members in
+    each; received [2, 3]. Split them one by one.
+    """
+)
+def split_of_groups_that_have_lost_members():
+    registry, layers = equalize.GroupRegistry(), dense("left", "right")
+    layers += dense("third")
+    registry.tie("pair", layers, None)
+    kernels = registry["pair/kernel"]
+    kernels.adopt(kernels.tying, kernels.members[:2], None)
+    registry.split("pair", atol=0.1)
+
+
+@message(
+    """
+    Cannot anchor the weights of 'start': layer 'left' has none that is trainable. Expected: a layer
+    that trains. Set `trainable = True`, or leave it out.
+    """
+)
+def anchor_of_a_frozen_layer():
+    (layer,) = dense("left")
+    layer.trainable = False
+    equalize.GroupRegistry().anchor("start", layer, MeanL2())
+
+
+@message(
+    """
+    `layers` of 'start' must be a layer, or a list of them. Received: 'left' of type <class 'str'>.
+    """
+)
+def anchor_of_a_variable():
+    equalize.GroupRegistry().anchor("start", "left", MeanL2())
+
+
+@message(
+    """
+    `values` of 'start' must be one array for each trainable weight. Expected: 2, as `[weight.numpy()
+    for weight in layer.trainable_weights]` gives them; received 1.
+    """
+)
+def anchor_at_another_number_of_values():
+    (layer,) = dense("left")
+    equalize.GroupRegistry().anchor("start", layer, MeanL2(), values=[1.0])
+
+
+@message(
+    """
+    `values` of 'start' must be a list of arrays. Received: 1.0 of type <class 'float'>.
+    """
+)
+def anchor_at_no_list():
+    (layer,) = dense("left")
+    equalize.GroupRegistry().anchor("start", layer, MeanL2(), values=1.0)
