@@ -267,13 +267,23 @@ def test_the_rate_follows_a_schedule():
     assert bitwise_equal(student.layers[0].kernel, teacher.layers[0].kernel)
 
 
-def test_a_target_network_in_a_loop_by_hand():
+def test_a_target_network_in_a_loop_by_hand_is_saved_and_goes_on(tmp_path):
     """Q-learning with a hard update every fourth step."""
-    online, target = (keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]) for _ in range(2))
-    target.trainable = False
+    entrance = keras.Input((3,))
+    nets = [keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name=name) for name in ("online", "target")]
+    both = keras.Model(entrance, [net(entrance) for net in nets])
+    nets[1].trainable = False
     registry = equalize.GroupRegistry()
-    registry.tie("target", [online, target], Follow(every=4))
+    registry.tie("target", nets, Follow(every=4))
     registry.sync("first", "target")
+    learn(*nets)
+    save_model(both, tmp_path / "q.keras", registry)
+    loaded, again = load_model(tmp_path / "q.keras")
+    assert list(again) == list(registry)
+    learn(*(loaded.get_layer(name) for name in ("online", "target")))
+
+
+def learn(online, target):
     optimizer = keras.optimizers.Adam(0.05)
     optimizer.build(online.trainable_variables)
     random, copies = np.random.default_rng(0), 0

@@ -95,23 +95,34 @@ def test_exact_ties_of_parts_have_the_numbers_of_variables_of_their_own(optimize
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_tables_that_overlap_in_old_rows_and_share_new_ones(order):
+def test_new_tokens_of_a_table_that_has_grown_are_trained_saved_and_trained_on(order, tmp_path):
     """Old rows tied to the table of before, which is frozen, and new ones to those of another new table."""
-    old = keras.Variable(np.random.default_rng(0).normal(size=(6, 3)).astype("float32"), trainable=False)
-    new, other = variable(8, 3, seed=1), variable(8, 3, seed=2)
-    rows = lambda first, count: Slice((first, 0), (count, 3))  # noqa: E731
+    tables = {"old": 6, "new": 8, "other": 8}
+    words, outputs = keras.Input((5,), dtype="int32"), []
+    for name, rows in tables.items():
+        outputs.append(keras.layers.Embedding(rows, 3, name=name, trainable=name != "old")(words % rows))
+    model = keras.Model(words, keras.layers.Concatenate()(outputs))
+    old, new, other = (model.get_layer(name).embeddings for name in tables)
+    first, last = Slice((0, 0), (6, 3)), Slice((6, 0), (2, 3))
+    ties = [("old", [old, (new, first)]), ("new", [(new, last), (other, last)])]
     registry = equalize.GroupRegistry()
-    ties = [("old", [old, (new, rows(0, 6))]), ("new", [(new, rows(6, 2)), (other, rows(6, 2))])]
     for place in order:
         registry.tie(*ties[place], Equal())
-    step = stepper(keras.optimizers.SGD(0.1), [new, other])
-    before = array(old.value)
-    if BACKEND == "jax":  # an optimizer alone does not carry what is frozen
-        return
-    for arrays in random_gradients(3, (8, 3), (8, 3)):
-        step([ops.convert_to_tensor(x) for x in arrays])
-        np.testing.assert_array_equal(array(new.value)[:6], before)
-        np.testing.assert_array_equal(array(new.value)[6:], array(other.value)[6:])
+    x = np.random.default_rng(0).integers(0, 8, size=(32, 5))
+    y = np.random.default_rng(1).normal(size=(32, 5, 9)).astype("float32")
+    before = array(old.value).copy(), array(new.value)[6:].copy()
+    for optimizer in (keras.optimizers.Adam(0.01), TiedOptimizer(keras.optimizers.Adam(0.01), registry)):
+        model.compile(optimizer, "mse")
+        for _ in range(3):
+            model.train_on_batch(x, y)
+            assert parts_equal(registry)
+    np.testing.assert_array_equal(array(new.value)[:6], before[0])
+    assert (array(new.value)[6:] != before[1]).all()
+    save_model(model, tmp_path / "tables.keras", registry)
+    loaded, again = load_model(tmp_path / "tables.keras")
+    loaded.fit(x, y, batch_size=16, verbose=0)
+    assert parts_equal(again)
+    np.testing.assert_array_equal(array(loaded.get_layer("new").embeddings)[:6], before[0])
 
 
 def test_a_partial_and_a_hard_group_of_one_variable_each_pull_once_a_step():

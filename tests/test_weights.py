@@ -136,7 +136,7 @@ def test_weights_of_layers_are_saved_with_them(tmp_path):
     assert [[m.weight for m in group.members] for group in again.values()] == [[3.0, 1.0]] * 2
 
 
-def test_federated_averaging_by_the_numbers_of_examples():
+def test_federated_averaging_by_the_numbers_of_examples(tmp_path):
     """Three clients train alone for an epoch, and their models become the mean by the sizes of their data."""
     sizes, random = [24, 8, 16], np.random.default_rng(0)
     clients = [keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]) for _ in sizes]
@@ -153,6 +153,15 @@ def test_federated_averaging_by_the_numbers_of_examples():
         expected = np.average(kernels, axis=0, weights=sizes)
         for client in clients:
             np.testing.assert_allclose(array(client.weights[0]), expected, rtol=1e-5, atol=1e-6)
+    entrance = keras.Input((3,))
+    together = keras.Model(entrance, [client(entrance) for client in clients])
+    save_model(together, tmp_path / "clients.keras", registry)
+    loaded, again = load_model(tmp_path / "clients.keras")
+    clients = [layer for layer in loaded.layers if isinstance(layer, keras.Sequential)]
+    clients[0].weights[0].assign(np.ones((3, 1)))
+    expected = np.average([array(client.weights[0]) for client in clients], axis=0, weights=sizes)
+    again.sync("mean", "clients")
+    np.testing.assert_allclose(array(clients[2].weights[0]), expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- members that join later
