@@ -5,7 +5,6 @@ strongly a group is tied from epoch to epoch; `PeriodicSync` makes members equal
 files of the model, small and with the ties.
 """
 
-import contextlib
 import functools
 import os
 import sys
@@ -408,8 +407,7 @@ class PeriodicSync(keras.callbacks.Callback):
                 f'An outer optimizer needs the change of the mean. Expected: `method="mean"`. Received: {method!r}.'
             )
         self._agreed: dict[str, keras.Variable] = {}
-        self._driven = contextlib.ExitStack()
-        self._steps = 0
+        self._steps = self._before = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         groups = self._groups()
@@ -419,47 +417,69 @@ class PeriodicSync(keras.callbacks.Callback):
                 f"PeriodicSync has nothing to synchronize in the model '{self.model.name}': expected groups with a "
                 f"member there, received {[group.name for group in groups]}. Give it the registry of this model."
             )
-        for group in groups:
-            self._driven.enter_context(group.driven())
-        if self._followed() and not isinstance(self.model.train_function, _WhileDriven):
-            living.retrace_model(self.model)
+        followed = self._followed()
+        for group in followed:
+            group.drivers.add(self)
+        if followed:
+            self._watch(followed)
         self._steps = 0
-        for group in self._led() if self.outer_optimizer is not None else ():
+        if self.outer_optimizer is not None:
+            self._agree()
+
+    def _agree(self) -> None:
+        """Has the outer optimizer begin at what members are the mean of."""
+        led = self._led()
+        if self.outer_optimizer.built and not {group.name for group in led} <= set(self._agreed):
+            raise EqualizeError(
+                f"The outer optimizer of PeriodicSync was built for the groups {list(self._agreed)}. Expected: the "
+                f"same ones; received: {[group.name for group in led]}. Make a new PeriodicSync with an optimizer of "
+                "its own."
+            )
+        for group in led:
             value = group.value
             if group.name not in self._agreed:
                 self._agreed[group.name] = keras.Variable(value, dtype=backend.dtype(value), name="agreed")
             self._agreed[group.name].assign(value)
-        if self.outer_optimizer is not None and not self.outer_optimizer.built:
+        if not self.outer_optimizer.built and self._agreed:
             self.outer_optimizer.build(list(self._agreed.values()))
+
+    def _watch(self, followed: Sequence[TiedGroup]) -> None:
+        """Has the model trace its step anew where what follows here is not what it was traced with."""
+        function = self.model.train_function
+        if not isinstance(function, _Watched):
+            living.retrace_model(self.model)
+            function = self.model.train_function = _Watched(self.model.train_function, self.model)
+        function.watch(followed)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a `fit` that runs has this callback; one that was interrupted has told nobody."""
+        return any(callback is self for callbacks in _running_fits() for callback in callbacks)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._before = self._steps
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._followed() and not isinstance(self.model.train_function, _Watched):  # something else retraced it
+            self._watch(self._followed())
         last, self._steps = self._steps, self._before + batch + 1
         if last // self.every != self._steps // self.every:
             self.synchronize()
-
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._driven.close()
-        followed, function = self._followed(), self.model.train_function
-        if followed and not isinstance(function, _WhileDriven):
-            self.model.train_function = _WhileDriven(function, self.model, followed)
 
     def synchronize(self) -> None:
         """Makes the members equal now."""
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
-        following.move(self._followed())
-        for group in self._groups():
-            if not group.tying.directed and group.name not in self._agreed:
-                group.sync(self.method)
         led = self._led() if self._agreed else []
+        for group in self._groups():
+            if not group.tying.directed and group not in led:
+                group.sync(self.method)
         if led:
             changes = [self._agreed[group.name].value - group.value for group in led]
             self.outer_optimizer.apply(changes, [self._agreed[group.name] for group in led])
         for group in led:
             group.assign(self._agreed[group.name].value)
+        following.move(self._followed())  # at last, since leaders are members of other groups as well
 
     def _groups(self) -> list[TiedGroup]:
         return self.registry.select(self.names)
@@ -474,17 +494,38 @@ class PeriodicSync(keras.callbacks.Callback):
         return [group for group in groups if not any(member.anchor for member in group.members)]
 
 
-class _WhileDriven:
-    """What a model trains by, traced while a callback had members follow; without one it is traced anew."""
+class _Watched:
+    """What a model trains by, which is traced anew when other groups follow by a callback than those of the trace."""
 
-    def __init__(self, function: Callable[..., Any], model: keras.Model, groups: Sequence[TiedGroup]):
-        self._function, self._model, self._groups = function, model, groups
+    def __init__(self, function: Callable[..., Any], model: keras.Model):
+        self._function, self._model = function, model
+        self._groups: list[TiedGroup] = []
+        self._traced: list[bool] | None = None
+
+    def watch(self, groups: Sequence[TiedGroup]) -> None:
+        """Looks after more groups, which followed in the step as far as it was traced."""
+        new = [group for group in groups if group not in self._groups]
+        self._groups += new
+        if self._traced is not None:
+            self._traced += [False] * len(new)
 
     def __call__(self, *args: Any) -> Any:
-        if all(group.is_driven for group in self._groups):
-            return self._function(*args)
-        living.retrace_model(self._model)
-        return self._model.train_function(*args)
+        now = [group.is_driven for group in self._groups]
+        if self._traced is not None and now != self._traced:
+            living.retrace_model(self._model)
+            self._function, self._model.train_function = self._model.train_function, self
+        self._traced = now
+        return self._function(*args)
+
+
+def _running_fits() -> Iterator[list[keras.callbacks.Callback]]:
+    """The callbacks of each `fit` that runs, in whatever thread: TensorFlow's strategies trace in their own."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            running = frame.f_locals.get("callbacks") if frame.f_code.co_name == "fit" else None
+            if isinstance(running, keras.callbacks.CallbackList):
+                yield list(getattr(running, "callbacks", ()))
+            frame = frame.f_back  # type: ignore[assignment]
 
 
 class TiedCheckpoint(keras.callbacks.ModelCheckpoint):

@@ -12,6 +12,7 @@ from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import validation
 from equalize._ties.bound import group_of, ties_on
+from equalize._ties.following import follow_leaders
 from equalize._ties.member import listing
 from equalize._ties.shared_update import SharedUpdate, reduced_gradients, shared_updates, underway, updated_indices
 from equalize._ties.tied_group import TiedGroup
@@ -136,6 +137,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self._built: _Built | None = None
         self._updated: tuple[int, ...] | None = None
         self._known: frozenset[int] | None = None
+        self._leaders: dict[int, int] = {}
         self._loaded = False
         self._problem: EqualizeError | None = None
         registry.optimizers.add(self)
@@ -189,6 +191,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             self._require_updates(updates)
             updated = self._updated = tuple(updated_indices(updates, len(variables)))
         self._known = frozenset(id(update.group) for update in updates) or None
+        self._leaders = {
+            id(update.group): update.moving[update.leader][0] for update in updates if update.leader is not None
+        }
         self.inner_optimizer.build([variables[index] for index in updated])
         self._built = _Built(variables)
         self.built = True
@@ -261,8 +266,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         with underway(updates):
             variables = [self._trained[index] for index in reduced]
             self.inner_optimizer.apply(list(reduced.values()), variables)
-        for update in updates:
-            update.follow()
+        self._follow(updates)
 
     def stateless_apply(
         self,
@@ -299,9 +303,16 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 )
             for variable, value in zip(updated, new_values, strict=True):
                 variable.assign(value)
-            for update in updates:
-                update.follow()
+            self._follow(updates)
             return [scope.get_current_value(variable) for variable in variables], slots
+
+    def _follow(self, updates: Sequence[SharedUpdate]) -> None:
+        """Gives members what their leaders have become, and has follow what follows them."""
+        for update in updates:
+            update.follow()
+        others = [member.variable for update in updates for member in update.copies]
+        if others:
+            follow_leaders(others, wrapping.parts(self.inner_optimizer)[0][-1])
 
     def finalize_variable_values(self, var_list: Any) -> None:
         self.inner_optimizer.finalize_variable_values([self._trained[i] for i in self._updated or ()])
@@ -407,7 +418,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def _updates(self, variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
         """The hard groups among the variables."""
-        return shared_updates(self._groups(variables), variables)
+        return shared_updates(self._groups(variables), variables, self._leaders)
 
     def _updates_as_built(self) -> list[SharedUpdate]:
         """The hard groups now, which must be those that slots were made for; found anew where ties have changed."""

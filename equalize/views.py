@@ -353,6 +353,10 @@ class Pattern(View):
     `Dense`, layers that treat their inputs alike, hashed weights. A group may have one such member alone. Where entries
     only change places, `Transpose`, `Flip` and `Rotate90` are faster.
 
+    It needs a rule that makes the repeats equal, as `equalize.constraints.Equal()`: a partial or a soft one would leave
+    them apart. Under `equalize.optimizers.TiedOptimizer` what an optimizer does entry by entry has the numbers of the
+    few weights; norms, as clipping takes them, are those of all entries.
+
     The gradient of the common value is the sum over the entries that show it, and each of these becomes their mean.
     Both are computed pair by pair in one order, so a result is the same on every run, and entries that agree stay as
     they are.

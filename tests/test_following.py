@@ -156,8 +156,14 @@ def test_one_variable_follows_one_leader_and_leads_many():
     registry = equalize.GroupRegistry()
     registry.tie("a", [one, two], Follow())
     registry.tie("b", [one, three], Follow(rate=0.5))
+    four = variable(3, 2, seed=3)
     with pytest.raises(GroupMismatchError, match="belongs to group 'a' already"):
-        registry.tie("c", [three, two], Follow())
+        registry.tie("c", [four, two], Follow())
+    for chained in ([three, four], [four, one]):
+        with pytest.raises(GroupMismatchError, match="what follows cannot lead"):
+            registry.tie("c", chained, Follow())
+    with pytest.raises(GroupMismatchError, match="a constant cannot follow"):
+        registry.tie("c", [one, np.ones((3, 2))], Follow())
 
 
 def networks(inside=True):
@@ -374,3 +380,116 @@ def test_followers_on_every_replica():
         train(model, registry, callbacks=[averages])
     for weight, expected in zip(teacher.layers[0].weights, averages.values, strict=True):
         np.testing.assert_allclose(array(weight.value), expected, rtol=0, atol=1e-6)
+
+
+def test_parts_of_one_variable_follow_another_part_of_it():
+    kernel = variable(3, 4)
+    left, right = Slice((0, 0), (3, 2)), Slice((0, 2), (3, 2))
+    equalize.GroupRegistry().tie("f", [(kernel, left), (kernel, right)], Follow(rate=0.5))
+    step = stepper(keras.optimizers.SGD(0.1), [kernel])
+    for (g,) in random_gradients(2, (3, 4)):
+        moved = array(kernel.value) - 0.1 * g
+        step([ops.convert_to_tensor(g)])
+        np.testing.assert_allclose(array(kernel.value)[:, :2], moved[:, :2], rtol=1e-6)
+        np.testing.assert_allclose(
+            array(kernel.value)[:, 2:], 0.5 * (moved[:, :2] + moved[:, 2:]), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_each_of_two_exactly_tied_towers_has_a_teacher_of_its_own(rate):
+    towers, teachers = [variable(3, 2), variable(3, 2)], [variable(3, 2, seed=i, trainable=False) for i in (1, 2)]
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", towers, Equal())
+    for i in range(2):
+        registry.tie(f"teacher {i}", [towers[i], teachers[i]], Follow(rate=rate))
+    before = [array(teacher.value) for teacher in teachers]
+    optimizer = TiedOptimizer(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), registry)
+    step = stepper(optimizer, towers, WAYS[0])
+    for arrays in random_gradients(2, (3, 2), (3, 2)):
+        step([ops.convert_to_tensor(x) for x in arrays])
+    for teacher, old in zip(teachers, before, strict=True):
+        expected = old + rate * (array(towers[0].value) - old)
+        np.testing.assert_allclose(array(teacher.value), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_leader_that_only_its_hard_group_moves_is_followed():
+    left, right, teacher = variable(3, 2), variable(3, 2, seed=1), variable(3, 2, seed=2, trainable=False)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", [left, right], Equal())
+    registry.tie("teacher", [left, teacher], Follow())
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build([left, right])
+    optimizer.apply([ops.ones((3, 2))], [right])
+    assert bitwise_equal(left, right, teacher)
+
+
+def test_what_follows_in_a_hard_part_of_its_leader_keeps_both():
+    fused, half = variable(3, 4), variable(3, 2, seed=1)
+    teacher = variable(3, 4, seed=2, trainable=False)
+    registry = equalize.GroupRegistry()
+    registry.tie("half", [half, (fused, Slice((0, 0), (3, 2)))], Equal())
+    registry.tie("teacher", [fused, teacher], Follow())
+    step = stepper(keras.optimizers.SGD(0.1), [fused, half], WAYS[0])
+    for arrays in random_gradients(2, (3, 4), (3, 2)):
+        step([ops.convert_to_tensor(x) for x in arrays])
+        np.testing.assert_array_equal(array(fused.value)[:, :2], array(half.value))
+        assert bitwise_equal(fused, teacher)
+
+
+def test_the_rule_of_frozen_members_is_replaced_by_what_they_have_then():
+    leader, one, two = variable(3, 2), *(variable(3, 2, seed=i, trainable=False) for i in (1, 2))
+    registry = equalize.GroupRegistry()
+    registry.tie("t", [leader, one, two], Follow(rate=0.5))
+    with pytest.raises(GroupMismatchError, match="do not move"):
+        registry.replace("t", Equal())
+    registry.replace("t", None)
+    registry.replace("t", Follow(rate=0.5))
+    assert registry["t"].rule.rate == 0.5
+
+
+def test_nothing_that_trains_is_a_finding():
+    leader, follower = (variable(3, 2, seed=i, trainable=False) for i in range(2))
+    registry = equalize.GroupRegistry()
+    registry.tie("t", [leader, follower], Follow())
+    assert [finding.kind for finding in registry.diagnose()] == ["followers"]
+
+
+class Interrupts(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_leaves_no_follower_behind():
+    student, teacher, model = networks(inside=False)
+    registry = equalize.GroupRegistry()
+    registry.tie("teacher", [student.layers[0], teacher.layers[0]], Follow())
+    model.compile("sgd", "mse")
+    x, y = np.ones((8, 3), "float32"), np.ones((8, 2), "float32")
+    sync = PeriodicSync(registry, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, verbose=0, callbacks=[sync, Interrupts()])
+    if BACKEND == "jax":
+        model.jax_state_sync()
+        with pytest.raises(EqualizeError, match="PeriodicSync"):
+            model.fit(x, y, verbose=0)
+        return
+    model.fit(x, y, verbose=0)
+    assert bitwise_equal(student.layers[0].kernel, teacher.layers[0].kernel)
+
+
+def test_callbacks_that_come_and_go_have_what_is_theirs_follow():
+    student, _, model = networks(inside=False)
+    teachers = [keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)]) for _ in range(2)]
+    registry = equalize.GroupRegistry()
+    for i, teacher in enumerate(teachers):
+        teacher.trainable = False
+        registry.tie(f"t{i}", [student.layers[0], teacher.layers[0]], Follow())
+    syncs = [PeriodicSync(registry, f"t{i}", every=1) for i in range(2)]
+    model.compile("sgd", "mse")
+    x, y = np.ones((8, 3), "float32"), np.ones((8, 2), "float32")
+    for callbacks in ([], syncs[:1], syncs, syncs[1:], []):
+        if BACKEND == "jax" and len(callbacks) < 2:
+            continue  # where each must be there
+        model.fit(x, y, epochs=2, verbose=0, callbacks=callbacks)
+        assert bitwise_equal(student.layers[0].kernel, *[teacher.layers[0].kernel for teacher in teachers])

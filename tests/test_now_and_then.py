@@ -9,7 +9,7 @@ from keras import ops
 
 import equalize
 from equalize.callbacks import PeriodicSync, TieMonitor
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Follow
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.regularizers import MeanL2, PairwiseNorm
 from equalize.saving import load_model, save_model
@@ -304,3 +304,35 @@ def test_what_weights_are_anchored_to_can_be_given():
         equalize.GroupRegistry().anchor("more", layers[0], MeanL2())
     with pytest.raises(TypeError, match="must be a layer"):
         equalize.GroupRegistry().anchor("more", layers[0].kernel, MeanL2())
+
+
+def test_leaders_are_synchronized_before_what_follows_them():
+    nets, model, x, y = replicas(2)
+    (teacher,), *_ = replicas(1)
+    teacher.trainable = False
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, None)
+    registry.tie("teacher", [nets[0], teacher], Follow())
+    model.compile("sgd", ["mse"] * 2)
+    for outer in (None, keras.optimizers.SGD(0.5)):
+        sync = PeriodicSync(registry, every=2, outer_optimizer=outer)
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=[sync])
+        assert bitwise_equal(nets[0].weights[0], nets[1].weights[0], teacher.weights[0])
+
+
+def test_an_outer_optimizer_has_the_groups_that_it_began_with():
+    nets, model, x, y = replicas(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("kernels", [net.weights[0] for net in nets], None)
+    sync = PeriodicSync(registry, every=6, outer_optimizer="sgd")
+    model.compile("sgd", ["mse"] * 2)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[sync])
+    nets[0].trainable = False  # so nothing is agreed on any more
+    model.compile("sgd", ["mse"] * 2)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[sync])
+    assert bitwise_equal(*[net.weights[0] for net in nets])
+    nets[0].trainable = True
+    registry.tie("biases", [net.weights[1] for net in nets], None)
+    model.compile("sgd", ["mse"] * 2)
+    with pytest.raises(EqualizeError, match="was built for the groups"):
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=[sync])

@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import equalize
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Follow
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2
@@ -402,9 +402,15 @@ def test_one_member_alone_is_tied_only_by_a_pattern():
     kernel = variable(4, 4)
     with pytest.raises(GroupMismatchError, match="has one member"):
         equalize.GroupRegistry().tie("g", [(kernel, Transpose())], Equal())
-    registry = equalize.GroupRegistry()
-    registry.tie("g", [(kernel, Pattern(np.zeros((4, 4), int), (1,)))], MeanL2())
+    repeated, registry = (kernel, Pattern(np.zeros((4, 4), int), (1,))), equalize.GroupRegistry()
+    for rule in (MeanL2(), Equal(rate=0.5), Follow(), Follow(rate=0.5)):
+        with pytest.raises(GroupMismatchError, match="repeats entries"):
+            registry.tie("g", [repeated], rule)
+    registry.tie("g", [repeated], None)
     assert registry["g"].spread() > 0.0
+    registry.replace("g", Equal())
+    registry.project("g")
+    assert registry["g"].spread() == 0.0
 
 
 def test_a_declared_pattern_is_saved_and_loaded(tmp_path):

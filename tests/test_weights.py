@@ -340,3 +340,29 @@ def test_mixed_dtypes_are_saved_and_loaded(tmp_path):
     assert bits(loaded.get_layer("half").kernel) == bits(half.kernel)
     loaded.fit(x, [x, x], verbose=0)
     assert set(again.spread().values()) == {0.0}
+
+
+def test_a_member_that_joins_under_an_optimizer_leaves_it_its_slots():
+    fused, other = variables(1, (3, 4))[0], variables(1)[0]
+    registry = equalize.GroupRegistry()
+    registry.tie("g", [(fused, Slice((0, 0), (3, 2))), (fused, Slice((0, 2), (3, 2)))], Equal())
+    optimizer = TiedOptimizer(keras.optimizers.Adam(0.1), registry)
+    shared = keras.Variable(array(fused.value)[:, :2])
+    step = stepper(optimizer, [fused, other], "eager")
+    reference = stepper(keras.optimizers.Adam(0.1), [shared], "eager")
+    for number, (g, h) in enumerate(random_gradients(6, (3, 4), (3, 2))):
+        if number == 3:
+            registry.extend("g", [other])
+        step([ops.convert_to_tensor(g), ops.convert_to_tensor(h)])
+        reference([ops.convert_to_tensor(g[:, :2] + g[:, 2:] + (h if number >= 3 else 0.0))])
+        np.testing.assert_allclose(array(fused.value)[:, :2], array(shared.value), rtol=1e-5, atol=1e-6)
+        assert registry["g"].spread() == 0.0
+
+
+def test_a_group_of_several_dtypes_can_be_set_free():
+    registry, _, _, members = mixed("bfloat16")
+    optimizer = TiedOptimizer("sgd", registry)
+    registry.tie("g", members, Equal())
+    registry.replace("g", None)
+    assert registry["g"].rule is None
+    assert optimizer.registry is registry

@@ -98,7 +98,7 @@ def plan_replacement(group: TiedGroup, rule: Rule | None) -> Callable[[], None]:
         )
     members = group.members
     validation.require_several(group.name, members, ())
-    mixed = rule.hard and group.mixed
+    mixed = (rule.hard or rule.slot == "none") and group.mixed
     validation.require_fit(group.name, members, [rule] * len(members), mixed=mixed)
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(group.name, members, rule, besides=group)
@@ -208,7 +208,8 @@ def _require_mates(name: str, members: Sequence[Member], rule: Rule, groups: Map
     """Raises `GroupMismatchError` unless members can be a group of a rule."""
     validation.require_several(name, members, groups)
     optimizers = getattr(groups, "optimizers", ())
-    validation.require_fit(name, members, [rule] * len(members), mixed=rule.hard and bool(optimizers))
+    mixed = rule.slot == "none" or (rule.hard and bool(optimizers))
+    validation.require_fit(name, members, [rule] * len(members), mixed=mixed)
 
 
 def restore(
@@ -328,8 +329,8 @@ def _require_start(group: TiedGroup, initial: str) -> None:
 
 def _require_projectable(name: str, members: Sequence[Member], rule: Rule, inner: Any) -> None:
     """Raises `GroupMismatchError` unless members can be projected: anchors agree, and the constraint inside applies."""
-    if rule.one_value:
-        require_anchors_agree(name, members)
+    if rule.one_value and not rule.directed:
+        require_anchors_agree(name, members, of_rule=rule)
     if inner is None:
         return
     common = members[0].least_squares(backend.read(members[0].variable))

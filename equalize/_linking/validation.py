@@ -72,6 +72,18 @@ def require_fit(
                 f"group name.{listing(members)}"
             )
     _require_weights(name, members)
+    rule = member_rules[0]
+    if rule.directed and any(member.constant for member in members[1:]):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': a constant cannot follow. Expected: variables after the first member, which "
+            f"leads; received an array. Name the array first, or leave it out.{listing(members)}"
+        )
+    if any(member.repeats for member in members) and not _takes_repeats(rule, len(members)):
+        raise GroupMismatchError(
+            f"Cannot tie group '{name}': it has a member whose view repeats entries, and {rule.describe()} leaves "
+            "these apart. Expected: a rule that makes them equal, as equalize.constraints.Equal() does. Take that, or "
+            f"leave the view out.{listing(members)}"
+        )
     if len({member.weight for member in members}) > 1 and not member_rules[0].weighted:
         raise GroupMismatchError(
             f"Cannot tie group '{name}': {member_rules[0].describe()} has no mean in which members could count "
@@ -123,6 +135,8 @@ def require_no_other_hard_group(
     """
     leader = members[0] if rule.directed and members[0].leads is not False else None
     for member in members:
+        if rule.directed:
+            _require_no_chain(name, member, member is leader, members)
         if member is leader:
             continue
         for tie in ties_on(member.variable):
@@ -136,6 +150,18 @@ def require_no_other_hard_group(
                 f"({other.describe()}), and an entry can be projected by one group only. Name all members in one "
                 f"group, give parts that do not overlap, as equalize.views.Slice, or call `untie({other.group!r})` "
                 f"first.{listing(members)}"
+            )
+
+
+def _require_no_chain(name: str, member: Member, leads: bool, members: Sequence[Member]) -> None:
+    """Raises `GroupMismatchError` where what follows in one group would lead another."""
+    for tie in ties_on(member.variable):
+        chained = isinstance(tie, Bound) and tie.member.leads is (not leads) and member.overlaps(tie.member)
+        if chained:
+            raise GroupMismatchError(
+                f"Cannot tie '{member.path}' into group '{name}': it is in group '{group_of(tie).name}' as well "
+                f"({rule_of(tie).describe()}), and what follows cannot lead. Expected: one leader for all. Name the "
+                f"one that is followed in both groups.{listing(members)}"
             )
 
 
@@ -184,6 +210,13 @@ def require_equal_if_known(group: TiedGroup) -> None:
     if all(backend.concrete(member.variable) is not None for member in group.members):
         with backend.eagerly():
             require_equal(group)
+
+
+def _takes_repeats(rule: Rule, count: int) -> bool:
+    """Whether a rule makes the entries equal that a view repeats: it decides about all of the member."""
+    if rule.directed:
+        return count > 1 and rule.strength == 1.0
+    return rule.hard or rule.slot == "none" or (rule.slot == "constraint" and not rule.one_value)
 
 
 def _holds_all(members: Sequence[Member]) -> bool:

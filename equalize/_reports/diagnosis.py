@@ -66,7 +66,7 @@ def findings(
         monitored: Whether a `TieMonitor` makes the groups equal when training ends.
     """
     found = [*_pending(pending), *_unequal(groups), *_lost(groups), *_regularized(groups), *_parted(groups, models)]
-    found += _pulled_to_the_frozen(groups)
+    found += [*_pulled_to_the_frozen(groups), *_still(groups)]
     for model in models:
         found += _undone(model)
         parts = wrapping.parts(getattr(model, "optimizer", None))
@@ -127,6 +127,19 @@ def _regularized(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
                 group.name,
                 f"the members' own regularizers differ, and count as their mean ({listed}).",
                 "Give all members the same regularizer.",
+            )
+
+
+def _still(groups: Iterable[TiedGroup]) -> Iterator[Finding]:
+    """Groups in which nothing trains, so that no step has their members follow."""
+    for group in groups:
+        directed = group.tying.directed and not group.of_statistics and not group.is_driven
+        if directed and not any(member.variable.trainable for member in group.members):
+            yield Finding(
+                "followers",
+                group.name,
+                "no member is trainable, so no step of an optimizer has the others follow.",
+                "Make the member that leads trainable, or call `registry.project(name)` where they are to move.",
             )
 
 

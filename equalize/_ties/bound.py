@@ -66,7 +66,7 @@ class BoundConstraint(Bound, keras.constraints.Constraint):
             inside = self.inner(w)
             # The first tie of a group has projected all its members on the variable.
             done = any(tie.group is self.group for tie in chain_of(self.inner) if isinstance(tie, BoundConstraint))
-            return inside if done else self.group.project(self.member, inside)
+            return inside if done and not self.rule.directed else self.group.project(self.member, inside)
         alone = self.member.whole and not self.rule.directed
         return self.group.project(self.member, None if alone else self._free())
 

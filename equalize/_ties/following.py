@@ -24,7 +24,37 @@ def led_with(step: Any, group: Any) -> list[Any]:
         group: The group, a `TiedGroup`, whose leader's constraint was called.
     """
     found = [other for variable in keras_private.updated_variables(step.caller) for other in _led_by(variable)]
-    return list(dict.fromkeys([group, *(other for other in found if not other.is_driven)]))
+    return list(dict.fromkeys([group, *(other for other in found if _free(other, step))]))
+
+
+def led_by_projected(group: Any, variables: Sequence[Any], step: Any) -> list[Any]:
+    """The groups that variables lead which a hard group has just written: Keras may call no constraint of theirs."""
+    found = []
+    for variable in variables:
+        ties = list(bound.chain_of(variable.constraint))
+        own = [tie for tie in ties if isinstance(tie, bound.BoundConstraint) and not tie.member.leads]
+        if len(own) == 1 and own[0].group is group and own[0].member.whole and own[0].inner is None:
+            found += [tie.group for tie in ties if tie is not own[0]]  # type: ignore[attr-defined]
+    return [other for other in dict.fromkeys(found) if _free(other, step)]
+
+
+def follow_leaders(variables: Sequence[Any], optimizer: Any) -> None:
+    """Has followers of variables move that an optimizer has changed without a call of their constraints.
+
+    Args:
+        variables: The variables.
+        optimizer: The optimizer, whose step is over.
+    """
+    ties = [tie for variable in variables for tie in bound.chain_of(variable.constraint)]
+    groups = [tie.group for tie in ties if isinstance(tie, bound.BoundConstraint) and tie.member.leads]
+    for group in dict.fromkeys(groups):
+        if not group.is_driven:
+            move([group], due=_due(optimizer, group.tying.every, taken=0))
+
+
+def _free(group: Any, step: Any) -> bool:
+    """Whether members of a group have yet to follow in a step, by the step itself."""
+    return step not in group.led and not group.is_driven
 
 
 def _led_by(variable: Any) -> Iterator[Any]:
@@ -34,16 +64,25 @@ def _led_by(variable: Any) -> Iterator[Any]:
         yield from (tie.group for tie in ties)  # type: ignore[attr-defined]
 
 
-def move(groups: Sequence[Any], step: Any = None, given: Mapping[Any, Tensor] | None = None) -> dict[int, Part]:
+def move(
+    groups: Sequence[Any],
+    step: Any = None,
+    given: Mapping[Any, Tensor] | None = None,
+    caller: Any = None,
+    *,
+    due: Any = True,
+) -> dict[int, Part]:
     """Writes what the members of groups become that follow, and their moving statistics that do.
 
     Args:
         groups: The groups.
         step: The call of the optimizer; None by hand, where members follow at every call.
         given: What leaders are about to become.
+        caller: A variable that Keras is about to write, which is left alone.
+        due: Whether members follow at all, where there is no step: True, or a scalar.
 
     Returns:
-        What was written, by the ids of the variables.
+        What each variable becomes, by its id.
 
     Raises:
         EqualizeError: The step cannot reach a member, which happens on JAX.
@@ -54,18 +93,22 @@ def move(groups: Sequence[Any], step: Any = None, given: Mapping[Any, Tensor] | 
     for group in dict.fromkeys(groups):
         members, variables = group.living()
         held += variables
+        if step is not None:
+            group.led.add(step)
         if any(member.leads for member in members):
             group.require_reach(members)
             jobs.append((group, members, group.pulled(members, given or {})))
     parts: dict[int, Part] = {}
     for (group, members, pulled), moved in zip(jobs, _moved(jobs), strict=True):
-        due = True if step is None else _due(step, group.tying.every)
-        if due is not True:
-            moved = [ops.where(due, new, old) for new, old in zip(moved, pulled, strict=True)]
-        parts |= parts_of((m, new) for m, new in zip(members, moved, strict=True) if not m.anchor)
+        now = due if step is None else _due(step.caller, group.tying.every, taken=1)
+        if now is not True:
+            moved = [ops.where(now, new, old) for new, old in zip(moved, pulled, strict=True)]
+        for key, part in parts_of((m, new) for m, new in zip(members, moved, strict=True) if not m.anchor).items():
+            parts[key] = part if key not in parts else parts[key].with_part(part)
     fresh = all(group.tying.fresh for group, *_ in jobs)
-    values = [part.put() if fresh else backend.own_copy(part.put()) for part in parts.values()]
-    backend.write([part.variable for part in parts.values()], values)
+    written = [part for part in parts.values() if part.variable is not caller]
+    values = [part.put() if fresh else backend.own_copy(part.put()) for part in written]
+    backend.write([part.variable for part in written], values)
     return parts
 
 
@@ -83,10 +126,15 @@ def _moved(jobs: Sequence[tuple[Any, Any, list[Tensor]]]) -> list[Sequence[Tenso
     return [[pulled[0], *(next(moved) for _ in pulled[1:])] for *_, pulled in jobs]
 
 
-def _due(step: Any, every: int) -> Any:
-    """Whether members follow in a step, as `every` says: True, or a scalar."""
-    micro = step.caller.gradient_accumulation_steps or 1
+def _due(optimizer: Any, every: int, *, taken: int) -> Any:
+    """Whether members follow in a step, as `every` says: True, or a scalar.
+
+    Args:
+        optimizer: The optimizer.
+        every: At every so manieth step.
+        taken: How many steps the optimizer is behind: 1 in a step, 0 after it.
+    """
+    micro = optimizer.gradient_accumulation_steps or 1
     if micro == every == 1:
         return True
-    taken = ops.convert_to_tensor(keras_private.steps_taken(step.caller)) + 1
-    return taken % (micro * every) == 0
+    return (ops.convert_to_tensor(keras_private.steps_taken(optimizer)) + taken) % (micro * every) == 0

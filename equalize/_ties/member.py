@@ -104,8 +104,11 @@ class Member:
 
         Where one member leads, it is this one, and no other.
         """
-        if self.leads is not None:
-            return self.leads
+        return self.stays if self.leads is None else self.leads
+
+    @property
+    def stays(self) -> bool:
+        """Whether the member is a constant, or not trainable, whatever its group makes of it."""
         owner = self.owner
         return not (self.variable if owner is None else owner).trainable
 

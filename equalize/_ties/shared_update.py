@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,6 +14,8 @@ from equalize._backend import Tensor
 from equalize._ties.bound import Bound, ties_on
 from equalize._ties.member import Member
 from equalize._ties.tied_group import TiedGroup
+
+_NONE: Mapping[int, int] = {}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class SharedUpdate:
             value = total if leads and total is not None else _zeros(member, reduced.get(i))
             reduced[i] = member.apply_gradient(value, reduced.get(i))
 
+    @property
+    def copies(self) -> list[Member]:
+        """The members that take the value of the leader, and have no update of their own."""
+        return [member for place, (_, member) in enumerate(self.moving) if place != self.leader]
+
     def follow(self) -> None:
         """Gives all members what the leader has become, or the anchor is."""
         if self.leader is None:
@@ -78,8 +86,16 @@ def reduced_gradients(
     return dict(sorted(reduced.items()))
 
 
-def shared_updates(groups: Iterable[TiedGroup], variables: Sequence[keras.Variable]) -> list[SharedUpdate]:
-    """The hard groups that have members among the variables."""
+def shared_updates(
+    groups: Iterable[TiedGroup], variables: Sequence[keras.Variable], leaders: Mapping[int, int] = _NONE
+) -> list[SharedUpdate]:
+    """The hard groups that have members among the variables.
+
+    Args:
+        groups: Groups.
+        variables: Variables.
+        leaders: The index of the leader that a group has had, by its id, which remains while it may move.
+    """
     indices = {id(variable): index for index, variable in enumerate(variables)}
     found = []
     for group in groups:
@@ -87,7 +103,7 @@ def shared_updates(groups: Iterable[TiedGroup], variables: Sequence[keras.Variab
         moving = [(indices[id(m.variable)], m) for m in members if not m.anchor and id(m.variable) in indices]
         if moving:
             held = any(member.anchor for member in members)
-            found.append(SharedUpdate(group, moving, None if held else _leader(moving)))
+            found.append(SharedUpdate(group, moving, None if held else _leader(moving, leaders.get(id(group)))))
     return found
 
 
@@ -117,16 +133,17 @@ def underway(updates: Iterable[SharedUpdate]) -> Iterator[None]:
         yield
 
 
-def _leader(moving: Sequence[tuple[int, Member]]) -> int:
+def _leader(moving: Sequence[tuple[int, Member]], before: int | None) -> int:
     """One that others follow, since they do when it is updated; else the first of the widest dtype.
 
     Unless its view leaves entries free, rounds, or is at all, where another's does not.
     """
 
-    def detours(place: int) -> tuple[bool, bool, bool, bool, bool, int]:
+    def detours(place: int) -> tuple[bool, ...] | tuple[Any, ...]:
         member = moving[place][1]
         followed = any(isinstance(tie, Bound) and tie.member.leads for tie in ties_on(member.variable))
         narrow = member.common_dtype is not None
-        return not followed, narrow, not member.whole, not member.lossless, member.view is not None, place
+        known = before is not None and moving[place][0] == before  # which has the slots
+        return not known, not followed, narrow, not member.whole, not member.lossless, member.view is not None, place
 
     return min(range(len(moving)), key=detours)

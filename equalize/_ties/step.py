@@ -39,6 +39,10 @@ class Part:
         """Whether the group decides about all of the variable."""
         return self.members[0].whole
 
+    def with_part(self, other: "Part") -> "Part":
+        """This, and what another group makes of the same variable."""
+        return Part([*self.members, *other.members], [*self.values, *other.values])
+
     def put(self, inside: Tensor | None = None) -> Tensor:
         """The variable with these values; what they leave free is as given, or as it is."""
         for member, value in zip(self.members, self.values, strict=True):

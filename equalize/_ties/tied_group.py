@@ -34,7 +34,7 @@ class TiedGroup(Group):
         statistics: The groups of moving statistics that are kept equal with this group.
         mixed: Whether the members have several dtypes.
         led: The steps in which members have followed.
-        is_driven: Whether a callback has the others follow, in place of the optimizer's step.
+        drivers: The callbacks that may have the others follow, in place of the optimizer's step.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TiedGroup(Group):
         self._unchanged: Callable[[], bool] | None = None  # since statistics were made equal
         self._held: list[int] = []  # the anchors that the others keep alive, by their ids
         self._shared_updates = 0
-        self.is_driven = False
+        self.drivers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.adopt(rule, members, inner)
 
     def adopt(self, rule: Rule, members: Sequence[Member], inner: Any) -> None:
@@ -129,14 +129,10 @@ class TiedGroup(Group):
         self._strength.assign(strength)
         return self.hard != was.hard
 
-    @contextlib.contextmanager
-    def driven(self) -> Iterator[None]:
-        """While something else has followers follow, a step of an optimizer leaves them alone."""
-        self.is_driven = True
-        try:
-            yield
-        finally:
-            self.is_driven = False
+    @property
+    def is_driven(self) -> bool:
+        """Whether a callback has the others follow, in place of the optimizer's step."""
+        return any(driver.is_running for driver in self.drivers)
 
     def hold_anchors(self) -> None:
         """Has the members that may move keep the others alive: a pull must not end because its anchor is forgotten.
@@ -240,6 +236,8 @@ class TiedGroup(Group):
         if caller is None:
             return None
         values |= zip(written, held, strict=True)
+        if step is not self:
+            following.move(following.led_by_projected(self, [parts[key].variable for key in written], step), step)
         projection = Projection(parts, values, caller, by_hand=step is self)
         if not projection.spent:
             self._projections[step] = projection
@@ -259,10 +257,9 @@ class TiedGroup(Group):
         if step is not None and step in self.led:
             return value
         groups = [self] if step is None or caller is not leader else following.led_with(step, self)
-        for group in groups if step is not None else ():
-            group.led.add(step)
-        parts = following.move(groups, step, {leader: value} if caller is leader else {})
-        return backend.read(caller.variable) if id(caller.variable) in parts else value
+        parts = following.move(groups, step, {leader: value} if caller is leader else {}, caller.variable)
+        own = parts.get(id(caller.variable))
+        return value if own is None else own.put(value)
 
     def projected(self, members: Sequence[Member]) -> list[Tensor]:
         """What the rule makes of the members, as their views pull them back.
@@ -509,9 +506,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def require_anchors_agree(name: str, members: Sequence[Member]) -> None:
-    """Raises `GroupMismatchError` where two anchors differ, as far as their values are available."""
-    anchors = [(member, backend.concrete(member.variable)) for member in members if member.anchor]
+def require_anchors_agree(name: str, members: Sequence[Member], *, of_rule: Rule | None = None) -> None:
+    """Raises `GroupMismatchError` where two anchors differ, as far as their values are available.
+
+    Args:
+        name: Name of the group.
+        members: The members.
+        of_rule: The rule that they are about to have, in place of the one that says which of them leads.
+    """
+    fixed = [member for member in members if (member.anchor if of_rule is None else member.stays)]
+    anchors = [(member, backend.concrete(member.variable)) for member in fixed]
     if len(anchors) < 2:
         return
     known = [(member, pulled_array(member, value)) for member, value in anchors if value is not None]

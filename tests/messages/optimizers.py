@@ -401,3 +401,19 @@ def follower_that_jax_does_not_train():
     equalize.GroupRegistry().tie("pair", [layer.kernel for layer in layers], Follow())
     model.compile("sgd", ["mse", "mse"])
     model.fit(np.ones((2, 4)), [np.ones((2, 3))] * 2, verbose=0)
+
+
+@message(
+    """
+    The outer optimizer of PeriodicSync was built for the groups ['pair']. Expected: the same ones;
+    received: ['pair', 'biases']. Make a new PeriodicSync with an optimizer of its own.
+    """
+)
+def outer_optimizer_of_other_groups():
+    registry, model = compiled(MeanL2(factor=0.0))
+    sync = PeriodicSync(registry, every=2, outer_optimizer="sgd")
+    data = np.ones((2, 4)), [np.ones((2, 3))] * 2
+    model.fit(*data, verbose=0, callbacks=[sync])
+    biases = [layer.bias for layer in model.layers if layer.weights]
+    registry.tie("biases", biases, None)
+    model.fit(*data, verbose=0, callbacks=[sync])

@@ -5,10 +5,10 @@ import numpy as np
 from keras import ops
 
 import equalize
-from equalize.constraints import Equal
+from equalize.constraints import Equal, Follow
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL2
-from equalize.views import Slice
+from equalize.views import Pattern, Slice
 from tests.messages import dense, kernels, message, model_of, refusing, tied, variable
 
 
@@ -623,3 +623,44 @@ def anchor_at_another_number_of_values():
 def anchor_at_no_list():
     (layer,) = dense("left")
     equalize.GroupRegistry().anchor("start", layer, MeanL2(), values=1.0)
+
+
+@message(
+    """
+    Cannot tie 'two/kernel' into group 'second': it is in group 'first' as well (Follow()), and what
+    follows cannot lead. Expected: one leader for all. Name the one that is followed in both groups.
+    Members:
+        'two/kernel' (4, 3) float32
+        'three/kernel' (4, 3) float32
+    """
+)
+def follower_that_leads():
+    registry, (one, two, three) = equalize.GroupRegistry(), kernels("one", "two", "three")
+    registry.tie("first", [one, two], Follow())
+    registry.tie("second", [two, three], Follow())
+
+
+@message(
+    """
+    Cannot tie group 'pair': a constant cannot follow. Expected: variables after the first member, which
+    leads; received an array. Name the array first, or leave it out.
+    Members:
+        'left/kernel' (4, 3) float32
+        'constant' (4, 3) float32
+    """
+)
+def constant_that_follows():
+    equalize.GroupRegistry().tie("pair", [*kernels("left"), np.ones((4, 3))], Follow())
+
+
+@message(
+    """
+    Cannot tie group 'repeats': it has a member whose view repeats entries, and MeanL2(factor=0.01)
+    leaves these apart. Expected: a rule that makes them equal, as equalize.constraints.Equal() does.
+    Take that, or leave the view out.
+    Members:
+        'pair' (2,) float32 as Pattern(<indices of shape (2,)>, shape=[1])
+    """
+)
+def pattern_under_a_penalty():
+    equalize.GroupRegistry().tie("repeats", [(variable((2,), "pair"), Pattern([0, 0], (1,)))], MeanL2())
