@@ -23,14 +23,15 @@ def led_with(step: Any, group: Any) -> list[Any]:
         step: What stands for the call of the optimizer, as `equalize._backend.applying` gives it.
         group: The group, a `TiedGroup`, whose leader's constraint was called.
     """
-    found = [other for variable in keras_private.updated_variables(step.caller) for other in _led_by(variable)]
+    variables = filter(_leads, keras_private.updated_variables(step.caller))
+    found = [other for variable in variables for other in _led_by(variable)]
     return list(dict.fromkeys([group, *(other for other in found if _free(other, step))]))
 
 
 def led_by_projected(group: Any, variables: Sequence[Any], step: Any) -> list[Any]:
     """The groups that variables lead which a hard group has just written: Keras may call no constraint of theirs."""
     found = []
-    for variable in variables:
+    for variable in filter(_leads, variables):
         ties = list(bound.chain_of(variable.constraint))
         own = [tie for tie in ties if isinstance(tie, bound.BoundConstraint) and not tie.member.leads]
         if len(own) == 1 and own[0].group is group and own[0].member.whole and own[0].inner is None:
@@ -45,11 +46,16 @@ def follow_leaders(variables: Sequence[Any], optimizer: Any) -> None:
         variables: The variables.
         optimizer: The optimizer, whose step is over.
     """
-    ties = [tie for variable in variables for tie in bound.chain_of(variable.constraint)]
+    ties = [tie for variable in filter(_leads, variables) for tie in bound.chain_of(variable.constraint)]
     groups = [tie.group for tie in ties if isinstance(tie, bound.BoundConstraint) and tie.member.leads]
     for group in dict.fromkeys(groups):
         if not group.is_driven:
             move([group], due=_due(optimizer, group.tying.every, taken=0))
+
+
+def _leads(variable: Any) -> bool:
+    """Whether a variable leads a group: that tie is the outermost."""
+    return isinstance(variable.constraint, bound.BoundConstraint) and bool(variable.constraint.member.leads)
 
 
 def _free(group: Any, step: Any) -> bool:
@@ -60,7 +66,7 @@ def _free(group: Any, step: Any) -> bool:
 def _led_by(variable: Any) -> Iterator[Any]:
     """The groups that a variable leads, if nothing changes it any more."""
     ties = list(bound.chain_of(variable.constraint))
-    if ties and ties[-1].inner is None and all(isinstance(t, bound.BoundConstraint) and t.member.leads for t in ties):
+    if ties[-1].inner is None and all(isinstance(t, bound.BoundConstraint) and t.member.leads for t in ties):
         yield from (tie.group for tie in ties)  # type: ignore[attr-defined]
 
 
