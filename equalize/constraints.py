@@ -1,8 +1,9 @@
 """Constraints: what an optimizer step is followed by.
 
-`Equal` ties the variables of a group, fully or in part; `Follow` has some move towards another; `Invariant` keeps one
-variable symmetric. All are Keras constraints, for the arguments `kernel_constraint`, `bias_constraint` and so on of
-layers. Subclass `GroupConstraint` for a projection of your own.
+`Equal` ties the variables of a group, fully or in part; `ProximalPairwiseL1` moves them together until some are equal;
+`Follow` has some move towards another; `Invariant` keeps one variable symmetric. All are Keras constraints, for the
+arguments `kernel_constraint`, `bias_constraint` and so on of layers. Subclass `GroupConstraint` for a projection of
+your own.
 """
 
 import abc
@@ -16,12 +17,12 @@ from equalize import _backend as backend
 from equalize._backend import Tensor
 from equalize._inputs import arguments
 from equalize._inputs.arguments import received
-from equalize._math import means, symmetry
+from equalize._math import means, proximal, symmetry
 from equalize._ties import effects, rules
 from equalize.errors import EqualizeError
 from equalize.views import View
 
-__all__ = ["Equal", "Follow", "GroupConstraint", "Invariant"]
+__all__ = ["Equal", "Follow", "GroupConstraint", "Invariant", "ProximalPairwiseL1"]
 
 
 class GroupConstraint(rules.Rule, keras.constraints.Constraint):
@@ -274,6 +275,75 @@ class Follow(GroupConstraint):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         return {key: config[key] for key in ("group", "view")} | {"rate": self.rate, "every": self.every}
+
+
+@keras.saving.register_keras_serializable(package="equalize")
+class ProximalPairwiseL1(GroupConstraint):
+    """Moves the variables of a group together, weight by weight, until some are equal.
+
+    The proximal step of `PairwiseL1`, argmin over p of ½·Σ_i ‖w_i − p_i‖² + factor·Σ_{i<j} ‖p_i − p_j‖₁, after every
+    optimizer step. In each coordinate every member is pulled towards each other one by `factor`, and members that meet
+    are equal from then on, bit for bit, as long as the optimizer drives them apart by less. The penalty
+    `equalize.regularizers.PairwiseL1` has the same minimizer, and under a plain optimizer its members hop about it.
+    `GroupRegistry.split` makes hard groups of what is equal.
+
+    With SGD at the learning rate η and `factor` η·λ this is proximal gradient descent on a loss plus
+    `PairwiseL1(factor=λ)`. It costs n² operations for each coordinate, and the memory of a few groups.
+
+    A member that does not move stays, and the others move as if it did too. Steps of gradient accumulation that do not
+    update count as steps. `registry.spread()` is how far members are apart.
+
+    Args:
+        group: Name of the group. None where `GroupRegistry.tie` gives it.
+        factor: How far a member is pulled towards each of the others in one step, not negative.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras constraint for each value, as an object, a config or a name.
+
+    Raises:
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` ties as well.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: Training starts and no registry has linked the model.
+
+    Example:
+    >>> import keras, equalize
+    >>> heads = [keras.layers.Dense(1) for _ in range(3)]
+    >>> for head, value in zip(heads, (1.0, 1.2, 5.0)):
+    ...     head.build((None, 1))
+    ...     _ = head.kernel.assign([[value]])
+    >>> registry = equalize.GroupRegistry()
+    >>> rule = equalize.constraints.ProximalPairwiseL1(factor=0.1)
+    >>> group = registry.tie("heads", [head.kernel for head in heads], rule)
+    >>> registry.project()  # what every optimizer step does
+    >>> equalize.relation(heads[0].kernel, heads[1].kernel), equalize.relation(heads[0].kernel, heads[2].kernel)
+    ('equal', 'different')
+
+    Reference:
+        Petry, Flexeder and Tutz, Pairwise fused lasso (2011), for the penalty; Barlow and Brunk, The isotonic
+        regression problem and its dual (1972), for the projection onto ordered values.
+    """
+
+    setting = "factor"
+
+    def __init__(self, group: str | None = None, factor: float = 0.01, *, view: View | None = None, inner: Any = None):
+        super().__init__(group, view=view, inner=inner)
+        self.factor = self.checked_strength(factor)
+
+    @property
+    def enforced(self) -> bool:
+        return False
+
+    @property
+    def weighted(self) -> bool:
+        return False
+
+    def checked_strength(self, strength: Any) -> float:
+        return arguments.number("factor", strength, low=0.0)
+
+    def project(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return proximal.pairwise_l1(values, self.factor)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"factor": self.factor}
 
 
 @keras.saving.register_keras_serializable(package="equalize")

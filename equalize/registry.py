@@ -209,7 +209,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return groups if layers else groups[0]
 
     def extend(self, name: str, members: Sequence[Any], *, weights: Sequence[float] | None = None) -> None:
-        """Has members join a group that `tie` made; they take its value.
+        """Has members join a group that `tie` made; they take its value, unless another hard group holds theirs.
 
         Args:
             name: Name of the group, or of a tie of layers.
@@ -316,13 +316,13 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         retrace(_variables(groups))
 
     def split(self, name: str, *, atol: float) -> list[TiedGroup]:
-        """Has a soft or free group fall into hard groups, one for each cluster of members that are all but equal.
+        """Has a group that is not hard fall into hard groups, one for each cluster of members that are all but equal.
 
         Two members are in one cluster if they lie within `atol` of each other, or a chain of such members leads from
         one to the other (single linkage). Each cluster becomes a hard group of the mean of its members; members alone
         become plain variables. So members that a soft tie has brought together are exactly equal from then on, which
         `PairwiseNorm` and `PairwiseL1` alone do up to the optimizer's steps. Of a tie of layers, whole layers are
-        clustered, by all their weights.
+        clustered, by all their weights. After `equalize.constraints.ProximalPairwiseL1` the tolerance can be 0.
 
         Args:
             name: Name of the group, or of a tie of layers. The new ones are `name/0`, `name/1` and so on, in the order

@@ -32,7 +32,7 @@ def require_whole(registry: equalize.GroupRegistry):
         assert len(group.members) >= 2
         for member in group.members:
             bound = [tie for tie in ties_on(member.variable) if group_of(tie) is group]
-            assert len(bound) == (0 if member.constant else 1), (name, member.path)
+            assert len(bound) == (0 if member.constant or group.rule is None else 1), (name, member.path)
         if group.hard:
             assert group.spread() == 0.0, name
     projected = [id(m.variable) for group in registry.values() if group.projects for m in group.members]

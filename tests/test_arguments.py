@@ -349,6 +349,7 @@ CALLS = {
     "constraints.Equal": rule_calls(Equal, rate=0.5, weight=2.0),
     "constraints.Follow": (Follow, lambda w: {"group": "name", "rate": 0.5, "every": 2, "view": Transpose()}),
     "constraints.GroupConstraint": rule_calls(ToZero),
+    "constraints.ProximalPairwiseL1": rule_calls(constraints.ProximalPairwiseL1, factor=0.5),
     "constraints.Invariant": (constraints.Invariant, lambda w: {"views": [Transpose()], "inner": "non_neg"}),
     "optimizers.TiedOptimizer": (
         optimizers.TiedOptimizer,
@@ -476,7 +477,10 @@ def variants(good, junk):
 
 def require_sound(made):
     """What was made of arguments that were taken can be written down, and made again."""
-    of_function = inspect.isroutine(getattr(made, "inner", None))  # which Keras does not load again, unregistered
+    innermost = made
+    while isinstance(innermost, Rule):
+        innermost = innermost.inner
+    of_function = inspect.isroutine(getattr(innermost, "inner", innermost))  # Keras loads none that is not registered
     if isinstance(made, (Rule, View, constraints.Invariant)) and not of_function:
         config = json.loads(json.dumps(made.get_config()))
         assert type(made).from_config(config).get_config() == made.get_config()

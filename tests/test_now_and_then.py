@@ -149,7 +149,6 @@ def test_a_free_group_is_measured_saved_and_replaced(tmp_path):
     assert "free" in lines[0]
     advice = registry.advise(model, x, y, print_fn=lines.append)
     assert set(advice) == set(registry)
-    registry.plot(tmp_path / "free.svg")
     assert json.loads(json.dumps(registry.get_config()))["groups"][0]["rule"] is None
     save_model(model, tmp_path / "model.keras", registry)
     loaded, again = load_model(tmp_path / "model.keras")
@@ -161,6 +160,15 @@ def test_a_free_group_is_measured_saved_and_replaced(tmp_path):
     assert all(weight.constraint is None for weight in loaded.weights)
     registry.check()
     assert float(array(registry.penalty())) == 0.0
+
+
+def test_a_picture_of_free_groups(tmp_path):
+    pytest.importorskip("matplotlib")
+    nets, *_ = replicas()
+    registry = equalize.GroupRegistry()
+    registry.tie("nets", nets, None)
+    registry.plot(tmp_path / "free.svg")
+    assert (tmp_path / "free.svg").read_text("utf-8").count("<path") > 1
 
 
 def test_free_groups_refuse_what_needs_a_tie():

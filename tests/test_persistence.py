@@ -309,3 +309,29 @@ def test_layers_that_are_in_no_model_have_places_of_their_own():
         layer.build((None, 2))
     restored = through_json(registry).link(*others)
     assert [id(m.variable) for m in restored["pair/kernel"].members] == [id(layer.kernel) for layer in others]
+
+
+def test_a_group_of_several_models_is_not_looked_for_in_one_of_them(tmp_path):
+    """Models of one structure have the same places, so one alone would be tied to itself."""
+
+    def net():
+        return keras.Sequential(
+            [keras.Input((3,)), keras.layers.Dense(3), keras.layers.Dense(3), keras.layers.Dense(2)]
+        )
+
+    student, teacher = net(), net()
+    teacher.trainable = False
+    registry = equalize.GroupRegistry()
+    registry.tie("crossed", [student.layers[1].kernel, teacher.layers[0].kernel], equalize.constraints.Follow())
+    registry.tie("same", [student.layers[1].bias, teacher.layers[1].bias], equalize.constraints.Follow())
+    config = registry.get_config()
+    clone = keras.models.clone_model(student)
+    before = [bits(weight) for weight in clone.weights]
+    with pytest.raises(GroupMismatchError, match=r"several models of one structure.*at least 2"):
+        equalize.GroupRegistry.from_config(config).link(clone)
+    assert [bits(weight) for weight in clone.weights] == before
+    assert all(weight.constraint is None for weight in clone.weights)
+    both = keras.models.clone_model(student), keras.models.clone_model(teacher)
+    again = equalize.GroupRegistry.from_config(config).link(*both)
+    assert again["crossed"].members[0].variable is both[0].layers[1].kernel
+    assert again["crossed"].members[1].variable is both[1].layers[0].kernel

@@ -211,6 +211,17 @@ def test_towers_with_statistics_take_in_another():
     assert all(equalize.relation(towers[0].weights[i], towers[2].weights[i]) == "equal" for i in range(6))
 
 
+def test_a_member_of_a_hard_group_joins_a_soft_one_with_the_value_that_it_has():
+    one, two, three, four = variables(4)
+    registry = equalize.GroupRegistry()
+    registry.tie("hard", [one, two], Equal())
+    registry.tie("soft", [three, four], MeanL2(factor=0.1))
+    before = bits(one)
+    registry.extend("soft", [one])
+    assert bits(one) == bits(two) == before
+    assert len(registry["soft"].members) == 3
+
+
 def test_what_does_not_fit_does_not_join_and_changes_nothing():
     layers = built(*(keras.layers.Dense(2) for _ in range(2)))
     (wide,) = built(keras.layers.Dense(3))

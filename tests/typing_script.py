@@ -8,7 +8,7 @@ import numpy as np
 
 import equalize
 from equalize.callbacks import FactorSchedule, PeriodicSync, TiedCheckpoint, TieMonitor
-from equalize.constraints import Equal, Follow, GroupConstraint, Invariant
+from equalize.constraints import Equal, Follow, GroupConstraint, Invariant, ProximalPairwiseL1
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, GroupRegularizer, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
@@ -45,11 +45,15 @@ def custom() -> list[SumToZero | Energy]:
     return [SumToZero("towers", view=Flip(0)), Energy("towers", 0.5)]
 
 
+def proximal() -> ProximalPairwiseL1:
+    return ProximalPairwiseL1("tasks", factor=0.1)
+
+
 def follow(registry: equalize.GroupRegistry, student: keras.Model, teacher: keras.Model) -> PeriodicSync:
     registry.tie("teacher", [student, teacher], Follow(rate=0.01, every=2), statistics=True)
     registry.tie("free", [student, teacher], None, weights=[3, 1])
     registry.extend("free", [teacher], weights=[2])
-    registry.anchor("start", student, MeanL2(factor=0.1), values=[weight.numpy() for weight in student.weights])
+    registry.anchor("start", student, MeanL2(factor=0.1), values=[np.zeros((3, 2))])
     clusters: list[str] = [group.name for group in registry.split("free", atol=0.1)]
     registry.untie(*clusters)
     return PeriodicSync(registry, "free", every=10, outer_optimizer=keras.optimizers.SGD(0.7, nesterov=True))

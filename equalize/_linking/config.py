@@ -119,6 +119,7 @@ def members_of(
     Raises:
         GroupMismatchError: A member is gone, does not fit, or cannot be told from others.
     """
+    _require_models(entry, models)
     members = []
     for member in entry["members"]:
         constant = "constant" in member
@@ -131,6 +132,23 @@ def members_of(
         owner = owners.get(id(variable)) if "statistics" in entry else None
         members.append(Member(variable, view=view, weight=weight, constant=constant, owner=owner))
     return members
+
+
+def _require_models(entry: dict[str, Any], models: Sequence[Mapping[str, keras.Variable]]) -> None:
+    """Raises where a group of several models of one structure would be looked for in fewer of them."""
+    given = [places.digest(weights) for weights in models]
+    held = [{(key, number) for key, number, _ in member["places"]} for member in entry["members"] if "places" in member]
+    if not held or set.intersection(*held):
+        return
+    for member, known in zip((m for m in entry["members"] if "places" in m), held, strict=True):
+        alike = [(number, given.count(key)) for key, number in known if key in given]
+        if alike and all(number >= count for number, count in alike):
+            raise GroupMismatchError(
+                f"Cannot find the member '{member['path']}' of group '{entry['name']}': the group has members in "
+                f"several models of one structure. Expected: at least {max(n for n, _ in alike) + 1} of them in one "
+                f"call, `link(model_1, model_2)`; received {max(count for _, count in alike)}. Give all models, or tie "
+                "the variables again with `tie`."
+            )
 
 
 def _found(name: str, member: dict[str, Any], models: Sequence[Mapping[str, keras.Variable]]) -> keras.Variable:

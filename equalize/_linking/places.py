@@ -48,13 +48,16 @@ def places_of(variables: Sequence[keras.Variable]) -> list[Places]:
             if held:
                 weights = weights_by_place(root)
                 roots.append((sorted(indices[key] for key in held), digest(weights), weights))
-        numbers: dict[str, int] = {}
+        numbers: dict[str, list[list[int]]] = {}
         # In the order of the variables that they hold; that in which objects are found is none.
         for _, key, weights in sorted(roots, key=lambda root: root[:2]):
-            numbers[key] = numbers.get(key, -1) + 1
-            for place, weight in weights.items():
-                if id(weight) in indices:
-                    found[indices[id(weight)]].append((key, numbers[key], place))
+            same = numbers.setdefault(key, [])  # a `Sequential` and the `Functional` that it has inside are one model
+            ids = list(map(id, weights.values()))
+            if ids not in same:
+                same.append(ids)
+                for place, weight in weights.items():
+                    if id(weight) in indices:
+                        found[indices[id(weight)]].append((key, len(same) - 1, place))
     return found
 
 

@@ -64,6 +64,7 @@ def plan(
     tie: str | None = None,
     *,
     of_statistics: bool = False,
+    besides: TiedGroup | None = None,
 ) -> Plan:
     """A group of members that a user named, beside the existing groups, alone or as a part of a tie of layers."""
     if name in groups:
@@ -73,8 +74,8 @@ def plan(
         )
     _require_mates(name, members, rule, groups)
     if rule.slot == "constraint":
-        validation.require_no_other_hard_group(name, members, rule)
-        validation.require_no_inner(name, members, rule)
+        validation.require_no_other_hard_group(name, members, rule, besides)
+        validation.require_no_inner(name, members, rule, besides)
     if of_statistics:
         validation.require_no_other_statistics(name, members, groups.values())
     inner = inner_for(name, rule, members)
@@ -141,7 +142,7 @@ def plan_extension(group: TiedGroup, added: Sequence[Member], groups: Mapping[st
         if not group.of_statistics:
             _attach(group, new)
         for member in added if value is not None else ():
-            if not member.anchor and not member.constant:
+            if not (member.anchor or member.constant or _is_held(member, group)):
                 member.variable.assign(backend.own_copy(member.apply(ops.cast(value, _common_dtype(old)))))
         if group.hard:
             group.sync("first")
@@ -156,10 +157,11 @@ def plan_split(
 ) -> list[Plan]:
     """The groups of a hard rule into which groups fall, all of which have the same members or layers side by side."""
     for group in groups:
-        if not group.of_statistics and (group.projects or not group.tying.same_shape):
+        apart = not group.projects or not (group.tying.enforced or group.tying.one_value)
+        if not group.of_statistics and not (apart and group.tying.same_shape):
             raise GroupMismatchError(
-                f"Group '{group.name}' cannot be split: its rule is {group.describe()}. Expected: a soft or a free "
-                f"group, whose members may lie apart.{listing(group.members)}"
+                f"Group '{group.name}' cannot be split: its rule is {group.describe()}. Expected: a soft, a proximal "
+                f"or a free group, whose members may lie apart.{listing(group.members)}"
             )
     others = {key: group for key, group in known.items() if group not in groups}
     weights = [group for group in groups if not group.of_statistics]
@@ -176,7 +178,8 @@ def plan_split(
             members = [group.members[place].copy() for place in near]
             tie = None if group.tie is None else f"{name}/{number}"
             own = f"{name}/{number}{suffix}"
-            planned.append(plan(others, own, members, rule, "mean", tie, of_statistics=group.of_statistics))
+            kept = {"of_statistics": group.of_statistics, "besides": group}
+            planned.append(plan(others, own, members, rule, "mean", tie, **kept))
     return planned
 
 
@@ -191,6 +194,12 @@ def _clusters(values: Sequence[Sequence[np.ndarray]], atol: float) -> list[list[
                 cluster = [kept if each == gone else each for each in cluster]
     found = {each: [place for place in range(count) if cluster[place] == each] for each in sorted(set(cluster))}
     return [places for places in found.values() if len(places) > 1]
+
+
+def _is_held(member: Member, group: TiedGroup) -> bool:
+    """Whether another group that is hard decides about entries of a member."""
+    ties = [tie for tie in bound.chain_of(member.variable.constraint) if isinstance(tie, bound.BoundConstraint)]
+    return any(tie.group is not group and tie.group.hard and member.overlaps(tie.member) for tie in ties)
 
 
 def _common_dtype(members: Sequence[Member]) -> str:

@@ -307,13 +307,14 @@ def _about_optimizers(group: TiedGroup, trained: Sequence[tuple[Any, Any]], *, m
                 "Set `trainable = False` on what follows.",
             )
             continue
-        if group.tying.one_value and not group.hard and optimizer.gradient_accumulation_steps:
+        if group.projects and not group.tying.enforced and optimizer.gradient_accumulation_steps:
             yield Finding(
                 "accumulation",
                 group.name,
-                f"the rate {group.tying.rate:g} works in each of the {optimizer.gradient_accumulation_steps} "
-                "micro-steps of an update, since Keras calls constraints in all of them.",
-                "Choose the rate for one micro-step: 1 − (1 − rate)^(1/steps).",
+                f"the {group.tying.setting} {group.tying.strength:g} works in each of the "
+                f"{optimizer.gradient_accumulation_steps} micro-steps of an update, since Keras calls constraints in "
+                "all of them.",
+                "Choose it for one micro-step: a rate of 1 − (1 − rate)^(1/steps), or the factor divided by the steps.",
             )
     decays = {
         (optimizer.weight_decay or 0.0) if keras_private.decays(optimizer, variable) else 0.0

@@ -175,7 +175,7 @@ class TiedGroup(Group):
     def spread(self) -> float:
         members = self.members
         self._require_values(members)
-        if not members or self.tying.one_value or not self.projects:
+        if not members or self.tying.one_value or not self.projects or not self.tying.enforced:
             return spread_of(members)
         moved = zip(members, self.pulled(members), self.projected(members), strict=True)
         return change_of([(value, projected) for member, value, projected in moved if not member.anchor])

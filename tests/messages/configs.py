@@ -238,3 +238,19 @@ def config_with_two_hard_groups_of_one_variable():
 )
 def config_with_two_inner_regularizers_of_one_variable():
     twice(MeanL2(inner="l2"))
+
+
+@message(
+    """
+    Cannot find the member 'right/dense/kernel' of group 'pair': the group has members in several models
+    of one structure. Expected: at least 2 of them in one call, `link(model_1, model_2)`; received 1.
+    Give all models, or tie the variables again with `tie`.
+    """
+)
+def config_of_several_models_for_one_of_them():
+    names = ("left", "right")
+    nets = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="dense")], name=name) for name in names]
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", [net.weights[0] for net in nets], Equal())
+    clone = keras.models.clone_model(nets[0])
+    equalize.GroupRegistry.from_config(registry.get_config()).link(clone)

@@ -556,8 +556,8 @@ def extension_by_layers_of_another_structure():
 
 @message(
     """
-    Group 'pair' cannot be split: its rule is Equal(). Expected: a soft or a free group, whose members
-    may lie apart.
+    Group 'pair' cannot be split: its rule is Equal(). Expected: a soft, a proximal or a free group,
+    whose members may lie apart.
     Members:
         'left/kernel' (4, 3) float32
         'right/kernel' (4, 3) float32

@@ -1,0 +1,126 @@
+"""Proximal rules: members that meet are equal bit for bit, and all are at the minimizer."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+import equalize
+from equalize._math import proximal
+from equalize.callbacks import FactorSchedule
+from equalize.constraints import ProximalPairwiseL1
+from equalize.saving import load_model, save_model
+from equalize.views import Transpose
+from tests import strategies
+from tests.bare import random_gradients, stepper
+from tests.conftest import BACKEND, MODES, bitwise_equal
+
+
+def array(x):
+    return ops.convert_to_numpy(x)
+
+
+def minimizer(w, factor):
+    moved = proximal.pairwise_l1([ops.convert_to_tensor(row) for row in w], factor)
+    return np.stack([array(row) for row in moved])
+
+
+def violation(p, w, factor):
+    """How far a point is from having 0 among the subgradients, relative to the values: 0 at the minimizer only.
+
+    Members that are equal in a coordinate form a block, which moves as one; in it any pull within `factor` balances.
+    """
+    worst, p, w = 0.0, p.astype("float64"), w.astype("float64")
+    for values, starts in zip(p.T, w.T, strict=True):
+        for value in np.unique(values):
+            block = values == value
+            pull = factor * np.sign(value - values[~block]).sum()
+            worst = max(worst, abs((starts[block] - value).sum() - block.sum() * pull))
+            rest = np.sort(starts[block] - value - pull)  # what the members of the block must balance among themselves
+            n = block.sum()
+            bound = factor * np.cumsum(np.arange(n - 1, -n, -2))
+            worst = max(worst, np.max(np.cumsum(rest[::-1]) - bound, initial=0.0))
+    return worst
+
+
+@settings(max_examples=10 if BACKEND == "jax" else 50)  # op by op, JAX takes a second for each
+@given(strategies.arrays((5, 3), bound=100.0), st.sampled_from([0.0, 0.01, 0.5, 3.0, 1000.0]))
+def test_it_is_the_minimizer(w, factor):
+    p = minimizer(w, factor)
+    size = np.abs(w).max(initial=0.0) + factor
+    assert violation(p, w, factor) <= 1e-4 * (size + 1e-30)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17])
+def test_members_that_meet_are_bitwise_equal(n):
+    w = np.random.default_rng(n).normal(size=(n, 50)).astype("float32")
+    for factor in (0.01, 0.1, 1.0):
+        p = minimizer(w, factor)
+        assert violation(p, w, factor) <= 1e-5 * n
+        ascending = np.sort(p, axis=0)
+        gaps = np.diff(ascending, axis=0)
+        assert not np.any((gaps > 0) & (gaps <= 4e-7))  # equal, or apart
+    if n > 1:
+        assert len(np.unique(minimizer(w, 10.0)[:, 0])) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_equal_and_what_is_not_pulled_changes_no_bit(dtype):
+    row = ops.cast(np.random.default_rng(0).normal(size=20), dtype)
+    same = proximal.pairwise_l1([row, row, row], 0.3)
+    assert all(array(ops.cast(x, "float32")).tobytes() == array(ops.cast(row, "float32")).tobytes() for x in same)
+    others = [ops.cast(np.random.default_rng(i).normal(size=20), dtype) for i in range(3)]
+    for x, other in zip(proximal.pairwise_l1(others, 0.0), others, strict=True):
+        assert array(ops.cast(x, "float32")).tobytes() == array(ops.cast(other, "float32")).tobytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_of_gradient_descent_reach_exact_clusters(mode):
+    """Four members with targets in two pairs: at the minimizer of the penalized loss each pair is one value."""
+    targets = np.array([[1.0], [1.1], [4.0], [4.1]], "float32")
+    members = [keras.Variable(np.full((1, 1), i, "float32")) for i in range(4)]
+    registry = equalize.GroupRegistry()
+    rate, factor = 0.2, 0.1
+    shown = [members[0], members[1], (members[2], Transpose()), members[3]]
+    registry.tie("tasks", shown, ProximalPairwiseL1(factor=rate * factor))
+    step = stepper(keras.optimizers.SGD(rate), members, mode)
+    for _ in range(80):
+        step([ops.convert_to_tensor(array(m.value) - target[None]) for m, target in zip(members, targets, strict=True)])
+    assert bitwise_equal(*members[:2])
+    assert bitwise_equal(*members[2:])
+    expected = [1.05 + 2 * factor, 4.05 - 2 * factor]
+    np.testing.assert_allclose([array(members[i].value).item() for i in (0, 2)], expected, rtol=1e-5)
+    groups = registry.split("tasks", atol=0.0)
+    assert [len(group.members) for group in groups] == [2, 2]
+    assert all(group.hard for group in groups)
+
+
+def test_it_is_saved_scheduled_and_found_under_accumulation(tmp_path):
+    layers = [keras.layers.Dense(3) for _ in range(3)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    registry = equalize.GroupRegistry()
+    registry.tie("layers", layers, ProximalPairwiseL1(factor=0.01))
+    model.compile(keras.optimizers.SGD(0.01, gradient_accumulation_steps=2), "mse")
+    assert {finding.kind for finding in registry.diagnose(model)} == {"accumulation"}
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    model.compile("sgd", "mse")
+    apart = registry["layers/kernel"].spread()
+    schedule = FactorSchedule(registry, "layers", lambda epoch: 0.1 * epoch)
+    model.fit(x, x, batch_size=4, epochs=3, verbose=0, callbacks=[schedule])
+    assert registry["layers/kernel"].spread() < apart
+    save_model(model, tmp_path / "model.keras", registry)
+    _, again = load_model(tmp_path / "model.keras")
+    assert again["layers/kernel"].rule.factor == pytest.approx(0.2)
+    registry.check()
+
+
+def test_compiled_members_are_equal_after_every_step():
+    members = [keras.Variable(np.random.default_rng(i).normal(size=(4, 3)).astype("float32")) for i in range(5)]
+    registry = equalize.GroupRegistry()
+    registry.tie("g", members, ProximalPairwiseL1(factor=5.0))
+    step = stepper(keras.optimizers.Adam(0.01), members)
+    for arrays in random_gradients(3, *[(4, 3)] * 5):
+        step([ops.convert_to_tensor(x) for x in arrays])
+        assert bitwise_equal(*members)
