@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -103,10 +103,8 @@ class TieMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.broken, self.history = {}, {}
-        trained = {id(variable) for variable in self.model.variables}
-        members = [member for group in self.registry.values() for member in group.members]
         invariant = any(has_invariant(variable.constraint) for variable in self.model.trainable_variables)
-        if not invariant and not any(id(member.variable) in trained for member in members):
+        if not invariant and not _has_member(self.model, self.registry.values()):
             raise NotLinkedError(
                 f"TieMonitor has nothing to watch in the model '{self.model.name}': expected a registry with a group "
                 f"in it, received {self.registry!r}. A model that was loaded or cloned has ties of its own: call "
@@ -298,8 +296,7 @@ class FactorSchedule(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         groups = self._groups()
-        trained = {id(variable) for variable in self.model.variables}
-        if not any(id(member.variable) in trained for group in groups for member in group.members):
+        if not _has_member(self.model, groups):
             raise NotLinkedError(
                 f"FactorSchedule has nothing to change in the model '{self.model.name}': none of {self.names} has a "
                 "member there. Expected: the registry that this model is linked by."
@@ -331,6 +328,11 @@ class FactorSchedule(keras.callbacks.Callback):
             logs.update({f"factor/{group.name}": group.tying.strength for group in self._groups()})
 
 
+def _has_member(model: keras.Model, groups: Iterable[TiedGroup]) -> bool:
+    """Whether a model holds a member of one of the groups."""
+    return bool(living.holding([model], [member.variable for group in groups for member in group.members]))
+
+
 def _retrace_groups(groups: Sequence[TiedGroup]) -> None:
     """Has the steps of all models that hold a member retraced, also of those that are trained elsewhere."""
     if groups:
@@ -338,7 +340,7 @@ def _retrace_groups(groups: Sequence[TiedGroup]) -> None:
 
 
 class PeriodicSync(keras.callbacks.Callback):
-    """Makes the members of groups equal after every so manieth step, and leaves them alone in between.
+    """Makes the members of groups equal after every n-th step, and leaves them alone in between.
 
     Local SGD: replicas that are trained on different data agree now and then, to the mean of what they have become, as
     federated averaging does. The mean is that of the weights that `GroupRegistry.tie` was given. With an outer
@@ -411,8 +413,7 @@ class PeriodicSync(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         groups = self._groups()
-        trained = {id(variable) for variable in self.model.variables}
-        if not any(id(member.variable) in trained for group in groups for member in group.members):
+        if not _has_member(self.model, groups):
             raise NotLinkedError(
                 f"PeriodicSync has nothing to synchronize in the model '{self.model.name}': expected groups with a "
                 f"member there, received {[group.name for group in groups]}. Give it the registry of this model."
@@ -460,8 +461,9 @@ class PeriodicSync(keras.callbacks.Callback):
         self._before = self._steps
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._followed() and not isinstance(self.model.train_function, _Watched):  # something else retraced it
-            self._watch(self._followed())
+        followed = self._followed()
+        if followed and not isinstance(self.model.train_function, _Watched):  # something else retraced it
+            self._watch(followed)
         last, self._steps = self._steps, self._before + batch + 1
         if last // self.every != self._steps // self.every:
             self.synchronize()

@@ -46,8 +46,8 @@ class GroupConstraint(rules.Rule, keras.constraints.Constraint):
         fixed: While `project` runs: whether each member is an anchor. What `project` returns for it is not used.
 
     Raises:
-        EqualizeError: `group` is empty, or `inner` ties as well; in training: `project` returns something else than a
-            value for each member.
+        EqualizeError: `group` is empty, or `inner` is no constraint; in training: `project` returns something else
+            than a value for each member.
         TypeError: An argument is of the wrong type.
         NotLinkedError: Training starts and no registry has linked the model.
 
@@ -129,7 +129,7 @@ class Equal(GroupConstraint):
             with views that do not overlap go one inside the other.
 
     Raises:
-        EqualizeError: `group` is empty, `rate` or `weight` is out of range, or `inner` ties as well.
+        EqualizeError: `group` is empty, `rate` or `weight` is out of range, or `inner` is no constraint.
         TypeError: An argument is of the wrong type.
         NotLinkedError: Training starts and no registry has linked the model.
 
@@ -195,10 +195,10 @@ class Equal(GroupConstraint):
 class Follow(GroupConstraint):
     """Has the first variable of a group lead and the others follow: `w ← w + rate·(leader − w)`.
 
-    They become an exponential moving average of the leader, which is never changed, by a step after every one of the
-    optimizer: the teacher of a mean teacher, the target
-    of BYOL, the momentum encoder of MoCo, the target network of Q-learning. `Equal` pulls both ways, so it is something
-    else: with `teacher.trainable = False` it pulls the student to the teacher, which stays.
+    After every optimizer step the others move towards the leader, which is never changed. So they become its
+    exponential moving average: the teacher of a mean teacher, the target of BYOL, the momentum encoder of MoCo, the
+    target network of Q-learning. `Equal` pulls both ways, so it is something else: with `teacher.trainable = False` it
+    pulls the student to the teacher, which stays.
 
     What follows need not be trainable, need not get gradients and need not be in the model that is trained. Leave it
     out of the training: `teacher.trainable = False`. It starts where it is; `registry.sync("first", name)` makes it a
@@ -212,7 +212,7 @@ class Follow(GroupConstraint):
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         rate: How far each member moves towards the leader, in [0, 1]: 1 copies it, 0 leaves the members where they
             are. With the decay τ of an average it is 1 − τ. `equalize.callbacks.FactorSchedule` changes it.
-        every: Members follow at every so manieth step only. With `rate=1.0` that is the hard update of a target
+        every: Members follow at every n-th step only. With `rate=1.0` that is the hard update of a target
             network.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
 
@@ -242,6 +242,7 @@ class Follow(GroupConstraint):
     setting = "rate"
     one_value: ClassVar[bool] = True
     directed: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
 
     def __init__(self, group: str | None = None, *, rate: float = 1.0, every: int = 1, view: View | None = None):
         super().__init__(group, view=view)
@@ -253,11 +254,8 @@ class Follow(GroupConstraint):
         return False
 
     @property
-    def weighted(self) -> bool:
-        return False
-
-    @property
     def fresh(self) -> bool:
+        """Whether `project` returns a new tensor for each member that follows, which no variable holds."""
         return isinstance(self.rate, float) and self.rate < 1.0
 
     def checked_strength(self, strength: Any) -> float:
@@ -300,7 +298,7 @@ class ProximalPairwiseL1(GroupConstraint):
         inner: A Keras constraint for each value, as an object, a config or a name.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` ties as well.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no constraint.
         TypeError: An argument is of the wrong type.
         NotLinkedError: Training starts and no registry has linked the model.
 
@@ -323,6 +321,7 @@ class ProximalPairwiseL1(GroupConstraint):
     """
 
     setting = "factor"
+    weighted: ClassVar[bool] = False
 
     def __init__(self, group: str | None = None, factor: float = 0.01, *, view: View | None = None, inner: Any = None):
         super().__init__(group, view=view, inner=inner)
@@ -330,10 +329,6 @@ class ProximalPairwiseL1(GroupConstraint):
 
     @property
     def enforced(self) -> bool:
-        return False
-
-    @property
-    def weighted(self) -> bool:
         return False
 
     def checked_strength(self, strength: Any) -> float:

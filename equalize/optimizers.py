@@ -11,7 +11,7 @@ from equalize._backend.living import objects_of
 from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import validation
-from equalize._ties.bound import group_of, ties_on
+from equalize._ties.bound import group_of, leads, ties_on
 from equalize._ties.following import follow_leaders
 from equalize._ties.member import listing
 from equalize._ties.shared_update import SharedUpdate, reduced_gradients, shared_updates, underway, updated_indices
@@ -310,7 +310,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         """Gives members what their leaders have become, and has follow what follows them."""
         for update in updates:
             update.follow()
-        others = [member.variable for update in updates for member in update.copies]
+        others = [member.variable for update in updates for member in update.copies if leads(member.variable)]
         if others:
             follow_leaders(others, wrapping.parts(self.inner_optimizer)[0][-1])
 

@@ -14,7 +14,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._backend.living import models_holding, retrace
+from equalize._backend.living import holding, models_holding, retrace
 from equalize._inputs import arguments
 from equalize._inputs.arguments import received
 from equalize._linking import discovery, planning
@@ -189,7 +189,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 f"`statistics=True` needs layers, which have moving statistics. Received: variables for '{name}'. Give "
                 "the layers, or leave it out."
             )
-        tie, of_statistics = name if layers else None, rule if rule.directed else Equal()
+        tie, of_statistics = name if layers else None, _for_statistics(rule)
         planned = []
         for group_name, group_members in (by_group | moving).items():
             for member, weight in zip(group_members, shares, strict=True):
@@ -278,10 +278,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
                 f"another group. Received: {name!r}."
             )
         changes = [planning.plan_replacement(group, rule) for group in groups]
-        own = Equal() if rule is not None and not rule.directed else rule
-        for group in self._statistics_of(groups):  # which go with the weights
-            if group.tying.directed or group.rule is None or rule is None or rule.directed:
-                changes.append(planning.plan_replacement(group, own))
+        own = _for_statistics(discovery.required_rule(groups[0].name, rule))
+        changes += [planning.plan_replacement(group, own) for group in self._statistics_of(groups)]
         for apply in changes:
             apply()
         self._keep_statistics()
@@ -366,7 +364,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return made
 
     def anchor(self, name: str, layers: Any, rule: Rule, *, values: Sequence[Any] | None = None) -> list[TiedGroup]:
-        """Ties each trainable weight of layers to what it holds now, and will not hold for ever: L2-SP in one line.
+        """Ties each trainable weight of some layers to the value that it holds now: L2-SP in one line.
 
         Each is a group of the weight and a constant. With `equalize.regularizers.MeanL2(factor=α)` the penalty is
         ½ · α · ‖w − w₀‖²; with `equalize.constraints.Equal(rate=r)` each step moves the weight back by the part r/2.
@@ -740,8 +738,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
 
     def _has_members_in(self, models: Sequence[keras.Layer]) -> bool:
         """Whether models have a member, of a free group for instance, of which there is no sign on a variable."""
-        known = {id(variable) for variable in _variables(self.values())}
-        return any(id(weight) in known for model in models for weight in getattr(model, "weights", ()))
+        layers = [model for model in models if isinstance(model, keras.Layer)]
+        return bool(holding(layers, _variables(self.values())))
 
     def _expect(self, other: "GroupRegistry") -> None:
         """Takes over the ties of a config that another registry has yet to link, but for groups that are here."""
@@ -775,6 +773,11 @@ def checked_registry(registry: Any) -> GroupRegistry:
     if not isinstance(registry, GroupRegistry):
         raise TypeError(f"`registry` must be an `equalize.GroupRegistry`. Received: {received(registry)}.")
     return registry
+
+
+def _for_statistics(rule: Rule) -> Rule:
+    """The rule of moving statistics beside weights of a rule: they follow, or are free, as these are, or equal."""
+    return rule if rule.directed or rule.slot is None else Equal()
 
 
 def _require_printer(print_fn: Any) -> None:

@@ -7,7 +7,7 @@ the next one, and `TraceNorm` all into few dimensions. All are Keras regularizer
 
 import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -118,12 +118,10 @@ class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
 class _Shipped(GroupRegularizer):
     """The regularizers below, whose factor has a default that suits kernels and is always shown."""
 
+    weighted: ClassVar[bool] = False
+
     def __init__(self, group: str | None = None, factor: Any = 0.01, *, view: View | None = None, inner: Any = None):
         super().__init__(group, factor, view=view, inner=inner)
-
-    @property
-    def weighted(self) -> bool:
-        return False
 
     def _settings(self) -> dict[str, Any]:
         return {"factor": rules.Short(self.get_config()["factor"])}
@@ -181,9 +179,7 @@ class MeanL2(_Shipped):
         elastic averaging SGD (2015), equation 2.
     """
 
-    @property
-    def weighted(self) -> bool:
-        return True
+    weighted: ClassVar[bool] = True
 
     def penalty(self, values: Sequence[Tensor]) -> Tensor:
         return penalties.mean_l2(values, self._relative_weights)
@@ -228,10 +224,7 @@ class PairwiseL2(_Shipped):
     """
 
     pairwise = True
-
-    @property
-    def weighted(self) -> bool:
-        return self._matrix is None
+    weighted: ClassVar[bool] = True
 
     def penalty(self, values: Sequence[Tensor]) -> Tensor:
         return penalties.pairwise_l2(values, self._matrix, self._relative_weights)

@@ -411,8 +411,7 @@ class Pattern(View):
         self.indices.flags.writeable = False
 
     def forward(self, common: Tensor, like: Tensor | None = None) -> Tensor:
-        shown = ops.take(ops.reshape(common, (-1,)), ops.convert_to_tensor(self.indices.reshape(-1), "int32"))
-        return ops.reshape(shown, self.indices.shape)
+        return ops.reshape(_taken(ops.reshape(common, (-1,)), self.indices.reshape(-1)), self.indices.shape)
 
     def adjoint(self, w: Tensor) -> Tensor:
         def add(left: Tensor, right: Tensor, pairs: _Pairs) -> Tensor:
@@ -421,9 +420,6 @@ class Pattern(View):
         return ops.cast(self._joined(means.widen(w), add), backend.dtype(w))
 
     def least_squares(self, w: Tensor) -> Tensor:
-        def mean(w: Tensor) -> Tensor:
-            return ops.cast(self._joined(means.widen(w), _mixed), backend.dtype(w))
-
         @ops.custom_gradient
         def differentiable(w: Tensor) -> Any:
             def gradient(*args: Any, upstream: Tensor | None = None) -> Tensor:
@@ -431,7 +427,7 @@ class Pattern(View):
                 counts = ops.convert_to_tensor(self._counts.reshape(self.shape), backend.dtype(upstream))
                 return self.forward(upstream / counts)
 
-            return mean(w), gradient
+            return ops.cast(self._joined(means.widen(w), _mixed), backend.dtype(w)), gradient
 
         return differentiable(w)
 
@@ -456,7 +452,7 @@ class Pattern(View):
 
     def _joined(self, w: Tensor, join: "Callable[[Tensor, Tensor, _Pairs], Tensor]") -> Tensor:
         """For each entry of the common value, the entries that show it, joined two by two."""
-        values = ops.take(ops.reshape(w, (-1,)), ops.convert_to_tensor(self._order, "int32"))
+        values = _taken(ops.reshape(w, (-1,)), self._order)
         for pairs in self._rounds:
             values = join(_taken(values, pairs.left), _taken(values, pairs.right), pairs)
         return ops.reshape(values, self.shape)

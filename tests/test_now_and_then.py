@@ -1,4 +1,4 @@
-"""Ties that hold now and then: free groups, and members that are made equal every so manieth step."""
+"""Ties that hold now and then: free groups, and members that are made equal every n-th step."""
 
 import json
 

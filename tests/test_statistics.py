@@ -35,6 +35,12 @@ def tower(name, *, affine=True, plain=False):
     )
 
 
+def test_statistics_beside_free_weights_are_free():
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", [tower("left"), tower("right")], None, statistics=True)
+    assert {group.rule for group in registry.values()} == {None}
+
+
 def model_of(towers, *, apart=True):
     """Each tower sees inputs of its own."""
     entrances = [keras.Input((5,)) for _ in towers]

@@ -41,9 +41,14 @@ def _moves() -> tuple[int, ...]:
 
 def models_holding(variables: Iterable[keras.Variable]) -> list[keras.Model]:
     """The living models that hold one of the variables."""
+    wanted = list(variables)
+    return holding(objects_of(keras.Model), wanted) if wanted else []
+
+
+def holding(layers: Iterable[keras.Layer], variables: Iterable[keras.Variable]) -> list[Any]:
+    """Those of some layers or models that hold one of the variables."""
     wanted = {id(variable) for variable in variables}
-    models = objects_of(keras.Model) if wanted else []
-    return [model for model in models if any(id(variable) in wanted for variable in model.variables)]
+    return [layer for layer in layers if any(id(variable) in wanted for variable in layer.variables)]
 
 
 def retrace(variables: Iterable[keras.Variable]) -> None:

@@ -96,7 +96,7 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
         except (EqualizeError, TypeError) as error:
             raise EqualizeError(f"The config of group '{entry['name']}' is damaged. {error} {_UNCHANGED}") from error
         rule = rule_of(entry)
-        if "statistics" in entry and not (rule.hard or rule.directed or isinstance(rule, rules.Free)):
+        if "statistics" in entry and not (rule.hard or rule.directed or rule.slot is None):
             raise _damaged(f"a hard tie of the moving statistics '{entry['name']}'", entry["rule"])
     return copy.deepcopy(config["groups"])
 
@@ -137,10 +137,11 @@ def members_of(
 def _require_models(entry: dict[str, Any], models: Sequence[Mapping[str, keras.Variable]]) -> None:
     """Raises where a group of several models of one structure would be looked for in fewer of them."""
     given = [places.digest(weights) for weights in models]
-    held = [{(key, number) for key, number, _ in member["places"]} for member in entry["members"] if "places" in member]
+    members = [member for member in entry["members"] if "places" in member]
+    held = [{(key, number) for key, number, _ in member["places"]} for member in members]
     if not held or set.intersection(*held):
         return
-    for member, known in zip((m for m in entry["members"] if "places" in m), held, strict=True):
+    for member, known in zip(members, held, strict=True):
         alike = [(number, given.count(key)) for key, number in known if key in given]
         if alike and all(number >= count for number, count in alike):
             raise GroupMismatchError(

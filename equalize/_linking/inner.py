@@ -23,8 +23,10 @@ def inner_for(name: str, rule: Rule, members: Sequence[Member]) -> list[Any]:
         GroupMismatchError: The rule and a variable each bring one, or the members of a projection bring different
             ones: there is one common value, so there can be one constraint.
     """
-    found = [bound.own(getattr(member.variable, rule.slot, None)) for member in members]
-    if rule.directed or rule.slot == "none":
+    if rule.slot is None:
+        return [None] * len(members)
+    found = [bound.own(getattr(member.variable, rule.slot)) for member in members]
+    if rule.directed:
         return found  # no value is common to what leads and what follows
     given = effects.Effect(rule.inner)
     for member, existing in zip(members, found, strict=True):

@@ -99,7 +99,7 @@ def plan_replacement(group: TiedGroup, rule: Rule | None) -> Callable[[], None]:
         )
     members = group.members
     validation.require_several(group.name, members, ())
-    mixed = (rule.hard or rule.slot == "none") and group.mixed
+    mixed = (rule.hard or rule.slot is None) and group.mixed
     validation.require_fit(group.name, members, [rule] * len(members), mixed=mixed)
     if rule.slot == "constraint":
         validation.require_no_other_hard_group(group.name, members, rule, besides=group)
@@ -132,8 +132,8 @@ def plan_extension(group: TiedGroup, added: Sequence[Member], groups: Mapping[st
     if group.of_statistics:
         validation.require_no_other_statistics(group.name, added, groups.values())
     inner = inner_for(group.name, rule, members)
-    if rule.one_value:
-        require_anchors_agree(group.name, [member for member in members if not rule.directed or member.constant])
+    if rule.slot == "constraint":
+        _require_projectable(group.name, members, rule, None)
     old, new = group.members, list(zip(added, inner[len(group.members) :], strict=True))
 
     def apply() -> None:
@@ -178,8 +178,8 @@ def plan_split(
             members = [group.members[place].copy() for place in near]
             tie = None if group.tie is None else f"{name}/{number}"
             own = f"{name}/{number}{suffix}"
-            kept = {"of_statistics": group.of_statistics, "besides": group}
-            planned.append(plan(others, own, members, rule, "mean", tie, **kept))
+            made = plan(others, own, members, rule, "mean", tie, of_statistics=group.of_statistics, besides=group)
+            planned.append(made)
     return planned
 
 
@@ -198,8 +198,8 @@ def _clusters(values: Sequence[Sequence[np.ndarray]], atol: float) -> list[list[
 
 def _is_held(member: Member, group: TiedGroup) -> bool:
     """Whether another group that is hard decides about entries of a member."""
-    ties = [tie for tie in bound.chain_of(member.variable.constraint) if isinstance(tie, bound.BoundConstraint)]
-    return any(tie.group is not group and tie.group.hard and member.overlaps(tie.member) for tie in ties)
+    others = [tie for tie in bound.projections(member.variable) if tie.group is not group]
+    return any(tie.group.hard and member.overlaps(tie.member) for tie in others)
 
 
 def _common_dtype(members: Sequence[Member]) -> str:
@@ -208,7 +208,7 @@ def _common_dtype(members: Sequence[Member]) -> str:
 
 def _attach(group: TiedGroup, inner: Iterable[tuple[Member, Any]]) -> None:
     for member, kept in inner:
-        if not member.constant and (group.projects or group.penalizes):
+        if not member.constant and group.tying.slot is not None:
             bound.attach(group, member, kept)
     group.hold_anchors()
 
@@ -217,7 +217,7 @@ def _require_mates(name: str, members: Sequence[Member], rule: Rule, groups: Map
     """Raises `GroupMismatchError` unless members can be a group of a rule."""
     validation.require_several(name, members, groups)
     optimizers = getattr(groups, "optimizers", ())
-    mixed = rule.slot == "none" or (rule.hard and bool(optimizers))
+    mixed = rule.slot is None or (rule.hard and bool(optimizers))
     validation.require_fit(name, members, [rule] * len(members), mixed=mixed)
 
 
@@ -339,7 +339,7 @@ def _require_start(group: TiedGroup, initial: str) -> None:
 def _require_projectable(name: str, members: Sequence[Member], rule: Rule, inner: Any) -> None:
     """Raises `GroupMismatchError` unless members can be projected: anchors agree, and the constraint inside applies."""
     if rule.one_value and not rule.directed:
-        require_anchors_agree(name, members, of_rule=rule)
+        require_anchors_agree(name, [member for member in members if member.stays])  # whoever leads now
     if inner is None:
         return
     common = members[0].least_squares(backend.read(members[0].variable))

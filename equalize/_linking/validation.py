@@ -9,7 +9,7 @@ import numpy as np
 from equalize import _backend as backend
 from equalize._inputs.arguments import counted
 from equalize._ties import effects
-from equalize._ties.bound import Bound, chain_of, group_of, own, rule_of, ties_on
+from equalize._ties.bound import Bound, group_of, own, projections, rule_of, ties_on
 from equalize._ties.member import Member, listing
 from equalize._ties.rules import Rule
 from equalize._ties.spread import pulled_arrays, spread_of
@@ -84,16 +84,16 @@ def require_fit(
             "these apart. Expected: a rule that makes them equal, as equalize.constraints.Equal() does. Take that, or "
             f"leave the view out.{listing(members)}"
         )
-    if len({member.weight for member in members}) > 1 and not member_rules[0].weighted:
+    weighted = rule.weighted and rule.count is None  # with a strength for each pair there is no mean
+    if len({member.weight for member in members}) > 1 and not weighted:
         raise GroupMismatchError(
-            f"Cannot tie group '{name}': {member_rules[0].describe()} has no mean in which members could count "
+            f"Cannot tie group '{name}': {rule.describe()} has no mean in which members could count "
             f"differently. Expected: no weights; received {[member.weight for member in members]}. Leave them out, or "
             f"take a rule with a mean, as equalize.regularizers.MeanL2.{listing(members)}"
         )
-    count = member_rules[0].count
-    if count is not None and count != len(members):
+    if rule.count is not None and rule.count != len(members):
         raise GroupMismatchError(
-            f"Cannot tie group '{name}': expected {counted(count, 'member')}, as {member_rules[0].describe()} has; "
+            f"Cannot tie group '{name}': expected {counted(rule.count, 'member')}, as {rule.describe()} has; "
             f"received {len(members)}. Give `factor` a row and a column for each member, in this order."
             f"{listing(members)}"
         )
@@ -168,8 +168,7 @@ def _require_no_chain(name: str, member: Member, leads: bool, members: Sequence[
 def require_no_inner(name: str, members: Sequence[Member], rule: Rule, besides: TiedGroup | None = None) -> None:
     """Raises `GroupMismatchError` where a rule brings a constraint for a variable of which other groups have parts."""
     for member in members if rule.inner is not None else ():
-        ties = [tie for tie in chain_of(member.variable.constraint) if isinstance(tie, Bound)]
-        if any(tie.group is not besides for tie in ties):
+        if any(tie.group is not besides for tie in projections(member.variable)):
             raise GroupMismatchError(
                 f"Cannot tie '{member.path}' into group '{name}': another group has a part of the variable, and the "
                 f"rule brings {effects.name_of(rule.inner)} as `inner`. Expected: a rule without. Give the layer the "
@@ -216,7 +215,7 @@ def _takes_repeats(rule: Rule, count: int) -> bool:
     """Whether a rule makes the entries equal that a view repeats: it decides about all of the member."""
     if rule.directed:
         return count > 1 and rule.strength == 1.0
-    return rule.hard or rule.slot == "none" or (rule.slot == "constraint" and not rule.one_value)
+    return rule.hard or rule.slot is None or (rule.slot == "constraint" and not rule.one_value)
 
 
 def _holds_all(members: Sequence[Member]) -> bool:

@@ -14,7 +14,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._math import distances, means
+from equalize._math import distances, means, scans
 
 Pair: TypeAlias = tuple[int, int, float]
 """Two members, and how strongly they pull each other."""
@@ -38,21 +38,18 @@ def mean_l2(values: Sequence[Tensor], weights: Sequence[float] | None = None) ->
 
     Since Σ a_i·(w_i − mean) = 0, what would flow through the mean cancels, and 2·a_i·(w_i − mean) is all of ∂P/∂w_i.
     """
-    if weights is not None:
-        constants = _constants(values)
-        mean = backend.computed_once(means.mean(constants, weights))
-        deviations = [value - mean for value in constants]
-        half = 0.5 * backend.sum_of_squares([a**0.5 * each for a, each in zip(weights, deviations, strict=True)])
-        slopes = [a * each for a, each in zip(weights, deviations, strict=True)]
-        return 2.0 * backend.with_gradients(half, values, slopes)
-    if means.are_small(values):
+    if weights is None and means.are_small(values):
         rows = backend.stack(values)
         rows = rows - ops.stop_gradient(rows[:1])  # so that members that are equal are 0, and so is their mean
         return backend.sum_of_squares([rows - ops.stop_gradient(ops.mean(rows, axis=0))])
     constants = _constants(values)
-    mean = backend.computed_once(means.mean(constants))
+    mean = backend.computed_once(means.mean(constants, weights))
     deviations = [value - mean for value in constants]
-    return 2.0 * backend.with_gradients(0.5 * backend.sum_of_squares(deviations), values, deviations)
+    roots, slopes = deviations, deviations
+    if weights is not None:
+        roots = [a**0.5 * each for a, each in zip(weights, deviations, strict=True)]
+        slopes = [a * each for a, each in zip(weights, deviations, strict=True)]
+    return 2.0 * backend.with_gradients(0.5 * backend.sum_of_squares(roots), values, slopes)
 
 
 def pairwise_l2(
@@ -210,21 +207,12 @@ def _by_rank(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     edge = ops.ones_like(steps[:1])
     first = ops.where(ops.concatenate([edge, steps]), place, 0.0)
     last = ops.where(ops.concatenate([steps, edge]), place, float(n))
-    below = _running(ops.maximum, first)
-    above = float(n - 1) - ops.flip(_running(ops.minimum, ops.flip(last, 0)), 0)
+    below = scans.running(ops.maximum, first)
+    above = float(n - 1) - scans.running_from_last(ops.minimum, last)
     ranks = below - above
     total = ops.sum(ranks * (ascending - ascending[n // 2]))
     slopes = ops.take_along_axis(ranks, ops.argsort(order, axis=0), axis=0)
     return total, slopes
-
-
-def _running(largest: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
-    """The largest row so far, at each row. Keras's `associative_scan` does not compile on TensorFlow (3.15)."""
-    step = 1
-    while step < rows.shape[0]:
-        rows = ops.concatenate([rows[:step], largest(rows[step:], rows[:-step])])
-        step *= 2
-    return rows
 
 
 def _rows(values: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,5 @@
 """Proximal operators of fusion penalties, as pure functions of tensors: they make members exactly equal."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +7,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._math import means
+from equalize._math import means, scans
 
 # Neighbours in order that differ by no more units in the last place of the largest have been rounded apart.
 _ROUNDING = 16
@@ -39,7 +38,7 @@ def pairwise_l1(values: Sequence[Tensor], factor: float | Tensor) -> list[Tensor
     apart = fitted[1:] - fitted[:-1] > _ROUNDING * float(np.finfo(backend.dtype(rows)).eps) * size
     starts = ops.concatenate([ops.ones_like(apart[:1]), apart])
     place = ops.where(starts, ops.reshape(ops.arange(n, dtype="int32"), (-1, 1)), 0)
-    joined = ops.take_along_axis(fitted, _running_maximum(place), axis=0)
+    joined = ops.take_along_axis(fitted, scans.running(ops.maximum, place), axis=0)
     moved = ops.take_along_axis(joined, ops.argsort(order, axis=0), axis=0)
     # Where nothing is pulled, and where all agree already, no bit changes.
     still = ops.logical_or(ops.min(rows, axis=0) == ops.max(rows, axis=0), ops.cast(factor, rows.dtype) == 0.0)
@@ -56,26 +55,8 @@ def _ascending(rows: Tensor) -> Tensor:
     base = rows[:1]
     sums = ops.cumsum(rows - base, axis=0)  # of differences, so that equal columns are exact
     counts = ops.reshape(ops.cast(np.arange(1, n + 1), rows.dtype), (-1, 1))
-    fitted = _running_minimum_from_behind(sums / counts)
+    fitted = scans.running_from_last(ops.minimum, sums / counts)
     for a in range(1, n):
-        least = _running_minimum_from_behind((sums[a:] - sums[a - 1 : a]) / counts[: n - a])
+        least = scans.running_from_last(ops.minimum, (sums[a:] - sums[a - 1 : a]) / counts[: n - a])
         fitted = ops.concatenate([fitted[:a], ops.maximum(fitted[a:], least)])
     return fitted + base
-
-
-def _running_minimum_from_behind(rows: Tensor) -> Tensor:
-    """The smallest row from each row on."""
-    for step in _steps(rows.shape[0]):
-        rows = ops.concatenate([ops.minimum(rows[:-step], rows[step:]), rows[-step:]])
-    return rows
-
-
-def _running_maximum(rows: Tensor) -> Tensor:
-    """The largest row up to each row."""
-    for step in _steps(rows.shape[0]):
-        rows = ops.concatenate([rows[:step], ops.maximum(rows[step:], rows[:-step])])
-    return rows
-
-
-def _steps(count: int) -> list[int]:
-    return [2**k for k in range(math.ceil(math.log2(count)))] if count > 1 else []

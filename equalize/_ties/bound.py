@@ -141,6 +141,16 @@ def ties_on(variable: keras.Variable) -> Iterator[Tying]:
         yield from (each for each in chain_of(chain) if not isinstance(each, OwnRegularizer))
 
 
+def projections(variable: keras.Variable) -> list[BoundConstraint]:
+    """The ties that project a variable, from the outside in; those in which it leads are outside."""
+    return [tie for tie in chain_of(variable.constraint) if isinstance(tie, BoundConstraint)]
+
+
+def leads(variable: keras.Variable) -> bool:
+    """Whether a variable leads a group."""
+    return isinstance(variable.constraint, BoundConstraint) and bool(variable.constraint.member.leads)
+
+
 def chain_of(outermost: Any) -> Iterator[Tying]:
     """A constraint or regularizer and what it carries inside, as far as that is ours."""
     while isinstance(outermost, Tying):
@@ -249,9 +259,8 @@ def _declares(group: Any, member: Member, tie: Tying) -> bool:
 
 def _regularize(variable: keras.Variable, innermost: Any) -> None:
     """Puts what the projections of a variable do in its loss around the regularizer that its user gave."""
-    for tie in reversed([*chain_of(variable.constraint)]):
-        if isinstance(tie, BoundConstraint):
-            innermost = OwnRegularizer(tie.group, tie.member, innermost)
+    for tie in reversed(projections(variable)):
+        innermost = OwnRegularizer(tie.group, tie.member, innermost)
     variable.regularizer = _with_own(variable.regularizer, innermost)
 
 

@@ -23,7 +23,7 @@ def led_with(step: Any, group: Any) -> list[Any]:
         step: What stands for the call of the optimizer, as `equalize._backend.applying` gives it.
         group: The group, a `TiedGroup`, whose leader's constraint was called.
     """
-    variables = filter(_leads, keras_private.updated_variables(step.caller))
+    variables = filter(bound.leads, keras_private.updated_variables(step.caller))
     found = [other for variable in variables for other in _led_by(variable)]
     return list(dict.fromkeys([group, *(other for other in found if _free(other, step))]))
 
@@ -31,11 +31,11 @@ def led_with(step: Any, group: Any) -> list[Any]:
 def led_by_projected(group: Any, variables: Sequence[Any], step: Any) -> list[Any]:
     """The groups that variables lead which a hard group has just written: Keras may call no constraint of theirs."""
     found = []
-    for variable in filter(_leads, variables):
-        ties = list(bound.chain_of(variable.constraint))
-        own = [tie for tie in ties if isinstance(tie, bound.BoundConstraint) and not tie.member.leads]
+    for variable in filter(bound.leads, variables):
+        ties = bound.projections(variable)
+        own = [tie for tie in ties if not tie.member.leads]
         if len(own) == 1 and own[0].group is group and own[0].member.whole and own[0].inner is None:
-            found += [tie.group for tie in ties if tie is not own[0]]  # type: ignore[attr-defined]
+            found += [tie.group for tie in ties if tie is not own[0]]
     return [other for other in dict.fromkeys(found) if _free(other, step)]
 
 
@@ -43,19 +43,13 @@ def follow_leaders(variables: Sequence[Any], optimizer: Any) -> None:
     """Has followers of variables move that an optimizer has changed without a call of their constraints.
 
     Args:
-        variables: The variables.
+        variables: The variables, which lead.
         optimizer: The optimizer, whose step is over.
     """
-    ties = [tie for variable in filter(_leads, variables) for tie in bound.chain_of(variable.constraint)]
-    groups = [tie.group for tie in ties if isinstance(tie, bound.BoundConstraint) and tie.member.leads]
-    for group in dict.fromkeys(groups):
+    ties = [tie for variable in variables for tie in bound.projections(variable)]
+    for group in dict.fromkeys(tie.group for tie in ties if tie.member.leads):
         if not group.is_driven:
             move([group], due=_due(optimizer, group.tying.every, taken=0))
-
-
-def _leads(variable: Any) -> bool:
-    """Whether a variable leads a group: that tie is the outermost."""
-    return isinstance(variable.constraint, bound.BoundConstraint) and bool(variable.constraint.member.leads)
 
 
 def _free(group: Any, step: Any) -> bool:
@@ -65,9 +59,9 @@ def _free(group: Any, step: Any) -> bool:
 
 def _led_by(variable: Any) -> Iterator[Any]:
     """The groups that a variable leads, if nothing changes it any more."""
-    ties = list(bound.chain_of(variable.constraint))
-    if ties[-1].inner is None and all(isinstance(t, bound.BoundConstraint) and t.member.leads for t in ties):
-        yield from (tie.group for tie in ties)  # type: ignore[attr-defined]
+    ties = bound.projections(variable)
+    if ties[-1].inner is None and all(tie.member.leads for tie in ties):
+        yield from (tie.group for tie in ties)
 
 
 def move(
@@ -121,10 +115,9 @@ def move(
 def _moved(jobs: Sequence[tuple[Any, Any, list[Tensor]]]) -> list[Sequence[Tensor]]:
     """What the rule of each group makes of its members; of those with one rate in one go."""
     rules = [group.computing_rule(members) for group, members, _ in jobs]
-    kinds = {
-        (rule.rate, backend.dtype(pulled[0])) for rule, (*_, pulled) in zip(rules, jobs, strict=True) if rule.fresh
-    }
-    if len(kinds) != 1 or not all(rule.fresh for rule in rules) or len(jobs) < 2:
+    dtypes = {backend.dtype(pulled[0]) for *_, pulled in jobs}
+    together = all(rule.fresh for rule in rules) and len({rule.rate for rule in rules}) == len(dtypes) == 1
+    if len(jobs) < 2 or not together:
         return [rule.project(pulled) for rule, (*_, pulled) in zip(rules, jobs, strict=True)]
     followers = [(value, pulled[0]) for *_, pulled in jobs for value in pulled[1:]]
     values, leaders = zip(*followers, strict=True)
@@ -137,7 +130,7 @@ def _due(optimizer: Any, every: int, *, taken: int) -> Any:
 
     Args:
         optimizer: The optimizer.
-        every: At every so manieth step.
+        every: At every n-th step.
         taken: How many steps the optimizer is behind: 1 in a step, 0 after it.
     """
     micro = optimizer.gradient_accumulation_steps or 1

@@ -68,8 +68,7 @@ class Member:
 
     def copy(self) -> "Member":
         """A member like this one, for another group."""
-        given = {"view": self.view, "weight": self.weight, "constant": self.constant, "owner": self.owner}
-        return Member(self.variable, **given)
+        return Member(self.variable, view=self.view, weight=self.weight, constant=self.constant, owner=self.owner)
 
     @property
     def variable(self) -> keras.Variable:

@@ -28,8 +28,8 @@ class Tying:
 class Rule(Tying, abc.ABC):
     """Base of the constraints and regularizers that tie. A rule knows no group and no variable, and never changes."""
 
-    slot: ClassVar[str]
-    """The attribute of a `keras.Variable` that holds the rule: `"constraint"` or `"regularizer"`; or `"none"`."""
+    slot: ClassVar[str | None]
+    """The attribute of a `keras.Variable` that holds the rule: `"constraint"` or `"regularizer"`; None for no rule."""
 
     own_keys: ClassVar[frozenset[str]] = frozenset({"group", "weight", "view", "inner"})
     """The entries of the config that may differ between the members of one group."""
@@ -45,6 +45,9 @@ class Rule(Tying, abc.ABC):
 
     directed: ClassVar[bool] = False
     """Whether the first member leads, and is never changed, and the others move, trainable or not."""
+
+    weighted: ClassVar[bool] = True
+    """Whether weights of members mean something to the rule, at least where all pairs have one strength."""
 
     entrywise: ClassVar[bool] = False
     """Whether `project` treats each entry by itself, so that small members of many groups can be joined."""
@@ -91,16 +94,6 @@ class Rule(Tying, abc.ABC):
     def enforced(self) -> bool:
         """Whether the members are as the rule has them after every step, exactly or up to rounding."""
         return self.hard
-
-    @property
-    def weighted(self) -> bool:
-        """Whether weights of members mean something to the rule."""
-        return True
-
-    @property
-    def fresh(self) -> bool:
-        """Whether `project` returns a new tensor for each member that moves, which no variable holds."""
-        return False
 
     @property
     def count(self) -> int | None:
@@ -162,7 +155,7 @@ class Rule(Tying, abc.ABC):
 class Free(Rule):
     """The rule of a group that is not tied: it is measured, compared, and synchronized now and then."""
 
-    slot = "none"
+    slot = None
 
     def __init__(self) -> None:
         self.group = None

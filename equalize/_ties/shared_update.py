@@ -11,7 +11,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._ties.bound import Bound, ties_on
+from equalize._ties.bound import leads
 from equalize._ties.member import Member
 from equalize._ties.tied_group import TiedGroup
 
@@ -52,11 +52,9 @@ class SharedUpdate:
         if how == "mean" and total is not None:
             total = backend.scale_gradient(total, 1.0 / len(self.moving))
         for place, (i, member) in enumerate(self.moving):
-            leads = place == self.leader
-            if i not in updated or (reduced.get(i) is None and not (leads and total is not None)):
-                continue
-            value = total if leads and total is not None else _zeros(member, reduced.get(i))
-            reduced[i] = member.apply_gradient(value, reduced.get(i))
+            value, own = total if place == self.leader else None, reduced.get(i)
+            if i in updated and not (value is None and own is None):
+                reduced[i] = member.apply_gradient(_zeros(member, own) if value is None else value, own)
 
     @property
     def copies(self) -> list[Member]:
@@ -139,9 +137,9 @@ def _leader(moving: Sequence[tuple[int, Member]], before: int | None) -> int:
     Unless its view leaves entries free, rounds, or is at all, where another's does not.
     """
 
-    def detours(place: int) -> tuple[bool, ...] | tuple[Any, ...]:
+    def detours(place: int) -> tuple[Any, ...]:
         member = moving[place][1]
-        followed = any(isinstance(tie, Bound) and tie.member.leads for tie in ties_on(member.variable))
+        followed = leads(member.variable)
         narrow = member.common_dtype is not None
         known = before is not None and moving[place][0] == before  # which has the slots
         return not known, not followed, narrow, not member.whole, not member.lossless, member.view is not None, place

@@ -270,7 +270,7 @@ class TiedGroup(Group):
         """
         self._require_values(members)
         if self.tying.one_value:
-            require_anchors_agree(self.name, members)
+            require_anchors_agree(self.name, _anchors(members))
         rule, values = self.computing_rule(members), self.pulled(members)
         if not rule.one_value:  # what a rule returns may be a part of what it was given, which is written one by one
             values = [ops.copy(value) for value in values]
@@ -319,11 +319,11 @@ class TiedGroup(Group):
             group.keep()
         members, _held = self.living()
         self.require_reach(members)
-        written = backend.read(leader.variable)
-        value = backend.computed_once(leader.least_squares(written))
-        parts = parts_of((m, value) for m in members if not m.anchor and (m is not leader or value is not written))
-        written = list(parts.values())
-        backend.write([part.variable for part in written], [backend.own_copy(part.put()) for part in written])
+        shown = backend.read(leader.variable)
+        value = backend.computed_once(leader.least_squares(shown))
+        follow = [(m, value) for m in members if not m.anchor and (m is not leader or value is not shown)]
+        parts = parts_of(follow).values()
+        backend.write([part.variable for part in parts], [backend.own_copy(part.put()) for part in parts])
 
     def keep(self, *, in_loss: bool = False) -> None:
         """Makes moving statistics equal, where a layer has updated one since; nothing calls a constraint of theirs.
@@ -415,14 +415,14 @@ class TiedGroup(Group):
     def require_anchors_agree(self) -> None:
         """Raises `GroupMismatchError` where two anchors differ that cannot, as far as their values are available."""
         if self.tying.one_value or not self.projects:
-            require_anchors_agree(self.name, self.members)
+            require_anchors_agree(self.name, _anchors(self.members))
 
     def _common_value(self, members: Sequence[Member]) -> Tensor:
         """The anchors' value, else the mean, with the constraint inside a projection."""
         self._require_values(members)
         anchor = next((member for member in members if member.anchor), None)
         if anchor is not None:
-            require_anchors_agree(self.name, members)
+            require_anchors_agree(self.name, _anchors(members))
             return anchor.least_squares(self._anchored_value(anchor))
         mean = means.mean(self.pulled(members), self._weights(members))
         inner = self.inner if self.projects else None
@@ -506,15 +506,12 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def require_anchors_agree(name: str, members: Sequence[Member], *, of_rule: Rule | None = None) -> None:
-    """Raises `GroupMismatchError` where two anchors differ, as far as their values are available.
+def _anchors(members: Sequence[Member]) -> list[Member]:
+    return [member for member in members if member.anchor]
 
-    Args:
-        name: Name of the group.
-        members: The members.
-        of_rule: The rule that they are about to have, in place of the one that says which of them leads.
-    """
-    fixed = [member for member in members if (member.anchor if of_rule is None else member.stays)]
+
+def require_anchors_agree(name: str, fixed: Sequence[Member]) -> None:
+    """Raises `GroupMismatchError` where two members that do not move differ, as far as their values are available."""
     anchors = [(member, backend.concrete(member.variable)) for member in fixed]
     if len(anchors) < 2:
         return

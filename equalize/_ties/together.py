@@ -40,8 +40,7 @@ def _all(variables: Sequence[Any]) -> dict[Any, list[Tensor]]:
     """What the rules make of the groups on some variables that can be joined with others."""
     if keras.distribution.distribution() is not None:
         return {}  # members are spread over devices, each in its own way
-    ties = [tie for variable in variables for tie in bound.chain_of(variable.constraint)]
-    groups = dict.fromkeys(tie.group for tie in ties if isinstance(tie, bound.BoundConstraint))
+    groups = dict.fromkeys(tie.group for variable in variables for tie in bound.projections(variable))
     alike: dict[Hashable, list[Any]] = {}
     for group in groups:
         alike.setdefault(_kind(group), []).append(group)
