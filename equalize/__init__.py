@@ -15,7 +15,7 @@ Example:
 'equal'
 """
 
-from equalize import callbacks, constraints, errors, optimizers, regularizers, saving, views
+from equalize import callbacks, constraints, errors, optimizers, reductions, regularizers, saving, views
 from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._version import __version__
@@ -31,6 +31,7 @@ __all__ = [
     "constraints",
     "errors",
     "optimizers",
+    "reductions",
     "regularizers",
     "relation",
     "saving",

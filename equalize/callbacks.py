@@ -1,8 +1,8 @@
 """Callbacks: what happens to ties around a training run, beyond its steps.
 
-`TieMonitor` logs how far apart members are and repairs hard ties when training ends; `FactorSchedule` changes how
-strongly a group is tied from epoch to epoch; `PeriodicSync` makes members equal now and then; `TiedCheckpoint` keeps
-files of the model, small and with the ties.
+`TieMonitor` logs how far apart members are and how far their gradients conflict, and repairs hard ties when training
+ends; `FactorSchedule` changes how strongly a group is tied from epoch to epoch; `PeriodicSync` makes members equal now
+and then; `TiedCheckpoint` keeps files of the model, small and with the ties.
 """
 
 import functools
@@ -58,23 +58,30 @@ class TieMonitor(keras.callbacks.Callback):
 
     Partial and soft groups are only logged. A group with an anchor takes the anchor's value.
 
+    With `gradients=True` it also logs how far the gradients of the uses of each tie conflict under a `TiedOptimizer`,
+    from the backward pass that there is anyway: `conflict/<tie>` is the smallest cosine between two of them, and
+    `gradient/<tie>` the norm of what the inner optimizer is given, both as means over the steps of the epoch. Cosines
+    below 0 say that what helps one use hurts another; see `equalize.reductions`.
+
     Args:
         registry: The `equalize.GroupRegistry` that the model is linked by.
         atol: The largest spread at which a hard group counts as equal, and the largest change by their symmetry at
             which `Invariant` kernels count as invariant. 0.0 asks for equal bits.
         repair: Whether hard groups that are not equal when training ends are made equal, to their mean, and
             `Invariant` kernels invariant. If False, a `UserWarning` names them.
+        gradients: Whether to log how far gradients conflict.
 
     Attributes:
         history: The spread of each group after every epoch of the last training, by name.
+        conflicts: For each tie what `TiedOptimizer.conflicts` said after every epoch of the last training.
         broken: The hard groups that were not equal when the last training ended, by name, with the spread that each
             had then: before the repair, where there was one; likewise `Invariant` kernels, by path, with how far
             they were from being invariant. Empty where all was as it should be.
 
     Raises:
-        TypeError: `registry` is not a registry, `atol` is not a number or `repair` is not a bool.
+        TypeError: `registry` is not a registry, `atol` is not a number, or `repair` or `gradients` is not a bool.
         EqualizeError: `atol` is negative or not finite; or a run starts under a `TiedOptimizer`, and the monitor
-            comes before `SwapEMAWeights`.
+            comes before `SwapEMAWeights`; or without one, and `gradients` is True.
         NotLinkedError: Training starts, and the model has neither a group of the registry nor an `Invariant` kernel.
 
     Example:
@@ -92,11 +99,13 @@ class TieMonitor(keras.callbacks.Callback):
     ([0.0, 0.0], {'towers': 0.0})
     """
 
-    def __init__(self, registry: GroupRegistry, *, atol: float = 0.0, repair: bool = True):
+    def __init__(self, registry: GroupRegistry, *, atol: float = 0.0, repair: bool = True, gradients: bool = False):
         super().__init__()
         self.registry = checked_registry(registry)
         self.atol = arguments.number("atol", atol, low=0.0)
         self.repair = arguments.flag("repair", repair)
+        self.gradients = arguments.flag("gradients", gradients)
+        self.conflicts: dict[str, list[dict[str, float]]] = {}
         self.broken: dict[str, float] = {}
         self.history: dict[str, list[float]] = {}
         registry.monitors.add(self)
@@ -111,6 +120,28 @@ class TieMonitor(keras.callbacks.Callback):
                 "`registry = equalize.GroupRegistry().link(model)` and give the monitor that registry."
             )
         self._require_order()
+        self.conflicts = {}
+        if self.gradients:
+            self._watch_conflicts()
+
+    def _watch_conflicts(self) -> None:
+        optimizers = self._tied()
+        if not optimizers:
+            raise EqualizeError(
+                f"TieMonitor cannot see gradients in the model '{self.model.name}': expected that it is compiled with "
+                f"a TiedOptimizer for this registry, received {type(self.model.optimizer).__name__}. Compile with "
+                "`equalize.optimizers.TiedOptimizer(optimizer, registry)`, or leave `gradients` out."
+            )
+        for optimizer in optimizers:
+            if not optimizer.built:
+                optimizer.build(self.model.trainable_variables)
+            if optimizer.watch_conflicts():
+                living.retrace_model(self.model)
+            optimizer.conflicts()  # those of a run that was interrupted
+
+    def _tied(self) -> list[TiedOptimizer]:
+        """The optimizers of the model that train the groups of the registry."""
+        return [optimizer for optimizer in self._all_tied() if optimizer.registry is self.registry]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._follow()
@@ -134,8 +165,13 @@ class TieMonitor(keras.callbacks.Callback):
         spreads = self._spread()
         for name, spread in spreads.items():
             self.history.setdefault(name, []).append(spread)
+        conflicts = {tie: found for each in self._tied() for tie, found in each.conflicts().items()}
+        for tie, found in conflicts.items():
+            self.conflicts.setdefault(tie, []).append(found)
         if logs is not None:
             logs.update({f"spread/{name}": spread for name, spread in spreads.items()})
+            logs.update({f"conflict/{tie}": found["cosine"] for tie, found in conflicts.items()})
+            logs.update({f"gradient/{tie}": found["norm"] for tie, found in conflicts.items()})
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # `fit` calls `optimizer.finalize_variable_values` before this on all backends (Keras 3.5 and 3.15).
@@ -196,12 +232,17 @@ class TieMonitor(keras.callbacks.Callback):
 
     def _averaging(self) -> Iterator[TiedOptimizer]:
         """The optimizers of the model that keep averages of one member in place of all."""
+        return (optimizer for optimizer in self._all_tied() if optimizer.averages)
+
+    def _all_tied(self) -> Iterator[TiedOptimizer]:
         for optimizer in wrapping.everything(getattr(self.model, "optimizer", None)):
-            if isinstance(optimizer, TiedOptimizer) and optimizer.averages:
+            if isinstance(optimizer, TiedOptimizer):
                 yield optimizer
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws how far apart the members of each group were after every epoch of the last training.
+
+        With `gradients=True` also how far the gradients of each tie conflicted.
 
         Args:
             path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
@@ -211,7 +252,7 @@ class TieMonitor(keras.callbacks.Callback):
             EqualizeError: No epoch has ended, the suffix is another, or the folder does not exist.
             ImportError: matplotlib is not installed; the extra `plot` brings it.
         """
-        plots.plot_spread(self.history, path)
+        plots.plot_spread(self.history, path, {n: [e["cosine"] for e in v] for n, v in self.conflicts.items()})
 
     def _follow(self) -> None:
         """Under a TiedOptimizer, gives all members what `SwapEMAWeights` wrote to one."""

@@ -1,9 +1,10 @@
 """Optimizers that tie: `TiedOptimizer` makes one update for a whole group, from the sum of its members' gradients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor, keras_private, wrapping
@@ -17,6 +18,7 @@ from equalize._ties.member import listing
 from equalize._ties.shared_update import SharedUpdate, reduced_gradients, shared_updates, underway, updated_indices
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
+from equalize.reductions import Reduction
 from equalize.registry import GroupRegistry, checked_registry
 
 __all__ = ["TiedOptimizer"]
@@ -62,6 +64,49 @@ class _Built:
         return [self._indices[id(variable)] for variable in variables]
 
 
+class _Conflicts:
+    """How far the gradients of ties' uses have pointed against each other. TensorFlow would track a dict.
+
+    Attributes:
+        sums: For each tie by its name, over the steps since they were read: their number, the sum and the largest of
+            the smallest cosines between two uses, and the sum of the norms of the total gradient.
+    """
+
+    def __init__(self, ties: Iterable[str]):
+        self.sums = {
+            tie: keras.Variable(_NO_STEPS, dtype="float32", trainable=False, name="conflict", aggregation="mean")
+            for tie in ties
+        }
+
+    def add(self, tie: str, gramian: Tensor, weights: Tensor) -> None:
+        """Counts one step, unless it has one use only or what is not finite."""
+        n = gramian.shape[0]
+        if n < 2 or tie not in self.sums:
+            return
+        norms = ops.sqrt(ops.diagonal(gramian))
+        lengths = ops.expand_dims(norms, 0) * ops.expand_dims(norms, 1)
+        cosines = ops.where(lengths > 0.0, gramian / ops.where(lengths > 0.0, lengths, 1.0), 0.0)
+        smallest = ops.clip(ops.min(cosines + 2.0 * ops.eye(n, dtype=cosines.dtype)), -1.0, 1.0)
+        norm = ops.sqrt(ops.maximum(ops.sum(weights * ops.sum(gramian * weights, axis=1)), 0.0))
+        sums = self.sums[tie]
+        steps, cosine, largest, total = ops.unstack(sums.value, 4)
+        new = ops.stack([steps + 1.0, cosine + smallest, ops.maximum(largest, smallest), total + norm])
+        sums.assign(ops.where(ops.isfinite(smallest + norm), new, sums.value))
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """The means over the steps, and the largest of the smallest cosines, of the ties that had any; begins anew."""
+        found = {}
+        for tie, sums in self.sums.items():
+            steps, cosine, largest, norm = map(float, backend.array(sums.value))
+            sums.assign(_NO_STEPS)
+            if steps:
+                found[tie] = {"steps": steps, "cosine": cosine / steps, "largest": largest, "norm": norm / steps}
+        return found
+
+
+_NO_STEPS = [0.0, 0.0, -1.0, 0.0]
+
+
 @keras.saving.register_keras_serializable(package="equalize")
 class TiedOptimizer(keras.optimizers.Optimizer):
     """Trains the hard groups of a registry as if the members of each were one shared variable.
@@ -95,12 +140,13 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         inner_optimizer: A Keras optimizer, its name or its config. A `LossScaleOptimizer` may be inside or around.
         registry: The `equalize.GroupRegistry` whose hard groups are trained so. It may be linked after this, but
             before training.
-        reduction: `"sum"` for the numbers of one shared variable, or `"mean"`: the sum divided by the number of
-            members that may move.
+        reduction: What becomes of the members' gradients: `"sum"` for the numbers of one shared variable; `"mean"`, the
+            sum divided by the number of members that may move; or an object of `equalize.reductions`, such as
+            `PCGrad()`, for gradients that conflict.
         name: Name of the optimizer.
 
     Raises:
-        TypeError: `registry` is not a registry, or `name` is not a string.
+        TypeError: `registry` is not a registry, `reduction` is something else, or `name` is not a string.
         EqualizeError: `reduction` or `name` is invalid, or `inner_optimizer` is a `TiedOptimizer` or none.
         NotLinkedError: Training starts, and no hard group of the registry has a variable that is trained.
         TieBrokenError: Slots are made, and the members of a hard group are not equal.
@@ -122,9 +168,11 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         the gradients of tied weights.
     """
 
-    def __init__(self, inner_optimizer: Any, registry: GroupRegistry, *, reduction: str = "sum", name: Any = None):
+    def __init__(
+        self, inner_optimizer: Any, registry: GroupRegistry, *, reduction: str | Reduction = "sum", name: Any = None
+    ):
         checked_registry(registry)
-        arguments.option("reduction", reduction, _REDUCTIONS)
+        reduction = _checked_reduction(reduction)
         if name is not None:
             arguments.text("name", name, "the name of the optimizer, or None")
             if "/" in name:
@@ -139,6 +187,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self._known: frozenset[int] | None = None
         self._leaders: dict[int, int] = {}
         self._loaded = False
+        self._conflicts: _Conflicts | None = None
         self._problem: EqualizeError | None = None
         registry.optimizers.add(self)
         self.registry = registry
@@ -289,7 +338,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 f"Received: {len(trainable_variables)}. After layers were frozen or thawed make a new TiedOptimizer "
                 "and compile with it."
             )
-        scales = zip(self.inner_optimizer.variables, optimizer_variables, strict=True)
+        scales = zip(self.variables, optimizer_variables, strict=True)
+        conflicts = self.variables[len(self.inner_optimizer.variables) :]
         values = zip(variables, trainable_variables, strict=True)
         with keras.StatelessScope(state_mapping=[*values, *scales]) as scope:
             updates = self._updates_as_built()
@@ -297,13 +347,14 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             updated = [variables[index] for index in self._updated or ()]
             with underway(updates):
                 new_values, slots = self.inner_optimizer.stateless_apply(
-                    list(optimizer_variables),
+                    list(optimizer_variables)[: len(self.inner_optimizer.variables)],
                     [reduced.get(index) for index in self._updated or ()],
                     [variable.value for variable in updated],
                 )
             for variable, value in zip(updated, new_values, strict=True):
                 variable.assign(value)
             self._follow(updates)
+            slots = [*slots, *(scope.get_current_value(variable) for variable in conflicts)]
             return [scope.get_current_value(variable) for variable in variables], slots
 
     def _follow(self, updates: Sequence[SharedUpdate]) -> None:
@@ -326,6 +377,25 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         for update in self._updates_as_built():
             update.follow()
 
+    def watch_conflicts(self) -> bool:
+        """Has the steps from now on record how far gradients conflict; whether they must be traced anew for it."""
+        ties = {group.tie or group.name: None for group in self.groups}
+        new = self._conflicts is None or list(self._conflicts.sums) != list(ties)
+        if new:
+            with backend.scope_of(self._trained[0]):
+                self._conflicts = _Conflicts(ties)
+        return new
+
+    def conflicts(self) -> dict[str, dict[str, float]]:
+        """How far the gradients of the uses of each tie conflicted since this was called last; empty where not watched.
+
+        Returns:
+            For each tie: the number of `steps`; the mean over them of the smallest `cosine` between the gradients of
+            two uses, and the `largest` of these, which is negative where two conflicted in every step; and the mean
+            `norm` of the gradient that the inner optimizer was given for the tie.
+        """
+        return {} if self._conflicts is None else self._conflicts.read()
+
     def scale_loss(self, loss: Tensor) -> Tensor:
         return self.inner_optimizer.scale_loss(loss)
 
@@ -334,8 +404,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The inner optimizer's variables; there are no others."""
-        return self.inner_optimizer.variables
+        """The inner optimizer's variables, and those of conflicts where they are watched, which nothing saves."""
+        conflicts = [] if self._conflicts is None else list(self._conflicts.sums.values())
+        return [*self.inner_optimizer.variables, *conflicts]
 
     @property
     def iterations(self) -> Any:
@@ -382,7 +453,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "registry": keras.saving.serialize_keras_object(self.registry),
-            "reduction": self.reduction,
+            "reduction": self.reduction
+            if isinstance(self.reduction, str)
+            else keras.saving.serialize_keras_object(self.reduction),
             "updated": None if self._updated is None else list(self._updated),
         }
 
@@ -459,11 +532,26 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def _reduced(self, updates: Sequence[SharedUpdate], grads: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
         """The gradients for the inner optimizer, in the order of the variables: those of a group are one."""
-        reduced = reduced_gradients(updates, grads, len(self._trained), self.reduction)
+        how = self.reduction if isinstance(self.reduction, str) and self._conflicts is None else self._weights
+        reduced = reduced_gradients(updates, grads, len(self._trained), how)
         if self._scaled_outside and isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
             # A LossScaleOptimizer around this one has unscaled what the one inside expects to be scaled.
             reduced = {i: None if g is None else self.inner_optimizer.scale_loss(g) for i, g in reduced.items()}
         return reduced
+
+    def _weights(self, group: TiedGroup, gramian: Tensor) -> Tensor | str:
+        """How much each use of the weights that a group's tie has counts, from the Gram matrix of their gradients."""
+        scale = self.loss_scale_factor  # which multiplies the gradients, too
+        gramian = gramian if scale is None else gramian / scale / scale
+        how = self.reduction
+        if isinstance(how, Reduction):
+            how = _weights_of(how, gramian, self.iterations)
+        if self._conflicts is not None:
+            moving = len([member for member in group.members if not member.anchor])
+            each = {"sum": 1.0, "mean": 1.0 / moving}
+            weights = ops.full((gramian.shape[0],), each[how]) if isinstance(how, str) else how
+            self._conflicts.add(group.tie or group.name, gramian, ops.cast(weights, gramian.dtype))
+        return how
 
 
 def _require_all_members(update: SharedUpdate) -> None:
@@ -530,3 +618,29 @@ def _checked_indices(updated: Any) -> tuple[int, ...] | None:
     if not whole or list(updated) != sorted(set(updated)):
         raise EqualizeError(f"`updated` must be a list of indices, ascending, or None. Received: {received(updated)}.")
     return tuple(updated)
+
+
+def _checked_reduction(reduction: Any) -> str | Reduction:
+    """The argument `reduction` of optimizers: a name, a reduction or its config."""
+    if isinstance(reduction, dict):
+        return configs.restored(reduction, Reduction, "a reduction")
+    if isinstance(reduction, str):
+        return arguments.option("reduction", reduction, _REDUCTIONS)
+    if not isinstance(reduction, Reduction):
+        raise TypeError(
+            f"`reduction` must be one of {list(_REDUCTIONS)}, or an object of a class of `equalize.reductions`. "
+            f"Received: {received(reduction)}."
+        )
+    return reduction
+
+
+def _weights_of(reduction: Reduction, gramian: Tensor, step: Tensor) -> Tensor:
+    """The weights that a reduction gives, checked."""
+    reduction.step = step
+    weights = ops.convert_to_tensor(reduction.weights(gramian))
+    if tuple(weights.shape) != (gramian.shape[0],):
+        raise EqualizeError(
+            f"`weights` of {type(reduction).__name__} must return one number for each of {gramian.shape[0]} uses, of "
+            f"shape {(gramian.shape[0],)}. Received: shape {tuple(weights.shape)}."
+        )
+    return weights

@@ -617,7 +617,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         and of kernels that `Invariant` keeps, clipping by the global norm, weight decay of some members only, partial
         averaging under gradient accumulation, rules that LoRA or quantization dropped, that were never linked, or
         that a layer hands to several weights, regularizers of members that differ, members that an optimizer on JAX
-        does not reach, members that no longer exist, hard groups that are not equal.
+        does not reach, members that no longer exist, hard groups that are not equal, and gradients of tied uses that
+        conflicted in every step of the last epoch that `TieMonitor(registry, gradients=True)` saw.
 
         Args:
             *models: The models to look at. Without any it looks at those that were linked and at all that hold a
@@ -635,7 +636,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         variables = [member.variable for group in self.values() for member in group.members if not member.constant]
         looked_at = models or dict.fromkeys([*self._models, *models_holding(variables)])
         repaired = any(monitor.repair for monitor in self.monitors)
-        return findings(list(self.values()), self.pending, list(looked_at), monitored=repaired)
+        conflicts = {tie: runs[-1] for monitor in self.monitors for tie, runs in monitor.conflicts.items()}
+        return findings(list(self.values()), self.pending, list(looked_at), monitored=repaired, conflicts=conflicts)
 
     def advise(
         self,

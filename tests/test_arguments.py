@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 import equalize
-from equalize import callbacks, constraints, optimizers, regularizers, saving, views
+from equalize import callbacks, constraints, optimizers, reductions, regularizers, saving, views
 from equalize._ties.rules import Rule
 from equalize.constraints import Equal, Follow
 from equalize.errors import EqualizeError
@@ -341,7 +341,10 @@ CALLS = {
         lambda w: {"registry": w.registry, "names": "soft", "every": 3, "method": "mean", "outer_optimizer": "sgd"},
     ),
     "callbacks.TieMonitor.plot": (drawing(lambda w: monitor_after_an_epoch(w).plot), lambda w: {"path": "spread.svg"}),
-    "callbacks.TieMonitor": (callbacks.TieMonitor, lambda w: {"registry": w.registry, "atol": 0.5, "repair": True}),
+    "callbacks.TieMonitor": (
+        callbacks.TieMonitor,
+        lambda w: {"registry": w.registry, "atol": 0.5, "repair": True, "gradients": False},
+    ),
     "callbacks.TiedCheckpoint": (
         callbacks.TiedCheckpoint,
         lambda w: {"filepath": "last.keras", "registry": w.registry},
@@ -368,6 +371,8 @@ CALLS = {
         optimizers.TiedOptimizer.from_config,
         lambda w: {"config": copy.deepcopy(w.configs["optimizer"])},
     ),
+    "reductions.Reduction.from_config": (reductions.PCGrad.from_config, lambda w: {"config": {"seed": 3}}),
+    "reductions.PCGrad": (reductions.PCGrad, lambda w: {"seed": 3}),
     "regularizers.ChainL2": soft(regularizers.ChainL2),
     "regularizers.GroupRegularizer": soft(Squares),
     "regularizers.MeanL2": soft(MeanL2),
@@ -429,9 +434,20 @@ def called_by_others(kind, method):
         (kind is equalize.Member and method in CALLED_BY_GROUPS)
         or (issubclass(kind, View) and method in CALLED_BY_MEMBERS)
         or (issubclass(kind, Rule) and method in CALLED_BY_GROUP)
+        or (issubclass(kind, reductions.Reduction) and method == "weights")  # of an optimizer
         or (issubclass(kind, optimizers.TiedOptimizer) and method in CALLED_BY_KERAS)
         or (issubclass(kind, keras.callbacks.Callback) and method.startswith("on_"))
     )
+
+
+WITHOUT_ARGUMENTS = (
+    View,
+    equalize.Group,
+    equalize.GroupRegistry,
+    reductions.Reduction,
+    reductions.MGDA,
+    reductions.UPGrad,
+)
 
 
 def public_names():
@@ -446,7 +462,7 @@ def public_names():
             things[name] = thing
     for name, thing in things.items():
         if inspect.isclass(thing) and not issubclass(thing, Exception):
-            if thing not in (View, equalize.Group, equalize.GroupRegistry):  # bases, and one without arguments
+            if thing not in WITHOUT_ARGUMENTS:
                 yield name
             for method, value in vars(thing).items():
                 value = getattr(value, "__func__", value)

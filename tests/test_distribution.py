@@ -11,6 +11,7 @@ import equalize
 from equalize.callbacks import FactorSchedule, TieMonitor
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
+from equalize.reductions import UPGrad
 from equalize.regularizers import MeanL2
 from tests.conftest import BACKEND, KERAS_3_5, MODES, data, in_new_process, kernels, towers
 
@@ -29,6 +30,7 @@ TIES = {
     "averaged": {"constraint": lambda: Equal("towers")},
     "exact": {"constraint": lambda: Equal("towers")},
     "exact, averaged": {"constraint": lambda: Equal("towers")},
+    "exact, unconflicted": {"constraint": lambda: Equal("towers")},
     "scheduled": {"constraint": lambda: Equal("towers", rate=0.5)},
 }
 # XLA refuses a step over variables on two devices, tied or not (TensorFlow 2.21).
@@ -62,12 +64,13 @@ def train(strategy, tie, mode):
         registry = equalize.GroupRegistry().link(model)
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9, use_ema="averaged" in tie)
         if "exact" in tie:
-            optimizer = TiedOptimizer(optimizer, registry)
+            reduction = UPGrad() if "unconflicted" in tie else "sum"
+            optimizer = TiedOptimizer(optimizer, registry, reduction=reduction)
         if tie in ("partial", "scheduled"):  # then nothing but the tie moves the members
             optimizer = keras.optimizers.SGD(0.0)
         model.compile(optimizer, "mse", **MODES[mode])
     x, y = data()
-    monitor, copies = TieMonitor(registry), Copies(strategy, kernels(model))
+    monitor, copies = TieMonitor(registry, gradients="unconflicted" in tie), Copies(strategy, kernels(model))
     schedule = [FactorSchedule(registry, "towers", lambda epoch: (0.5, 0.25)[epoch])] if tie == "scheduled" else []
     callbacks = [monitor, copies, *schedule]
     run = model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)

@@ -461,7 +461,7 @@ def test_a_member_that_is_frozen_later_holds_the_group(frozen):
         ({"registry": None}, TypeError, "`registry` must be an `equalize.GroupRegistry`"),
         ({"registry": {}}, TypeError, "`registry` must be"),
         ({"reduction": "max"}, EqualizeError, r"`reduction` must be one of \['sum', 'mean'\]. Received: 'max'"),
-        ({"reduction": None}, EqualizeError, "`reduction` must be"),
+        ({"reduction": None}, TypeError, "`reduction` must be one of"),
         ({"inner_optimizer": "no such thing"}, EqualizeError, "`inner_optimizer` must be a Keras optimizer"),
         ({"inner_optimizer": 3}, EqualizeError, "`inner_optimizer` must be a Keras optimizer"),
         ({"inner_optimizer": None}, EqualizeError, "`inner_optimizer` must be a Keras optimizer"),

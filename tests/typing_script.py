@@ -11,6 +11,7 @@ from equalize.callbacks import FactorSchedule, PeriodicSync, TiedCheckpoint, Tie
 from equalize.constraints import Equal, Follow, GroupConstraint, Invariant, ProximalPairwiseL1, ProximalPairwiseNorm
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
+from equalize.reductions import MGDA, PCGrad, Reduction, UPGrad
 from equalize.regularizers import ChainL2, GroupRegularizer, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.saving import deduplicate, load_model, save_model, save_weights
 from equalize.views import Chain, Flip, Pattern, Rotate90, Scale, Slice, Transpose, View
@@ -93,8 +94,12 @@ def train(registry: equalize.GroupRegistry) -> TieMonitor:
     def rise(epoch: int) -> float:
         return 0.1 * epoch
 
-    optimizer = TiedOptimizer("adam", registry, reduction="mean")
-    monitor = TieMonitor(registry, atol=1e-6, repair=False)
+    reductions: list[str | Reduction] = ["mean", PCGrad(seed=1), MGDA(), UPGrad()]
+    optimizer = TiedOptimizer("adam", registry, reduction=reductions[0])
+    monitor = TieMonitor(registry, atol=1e-6, repair=False, gradients=True)
+    conflicts: dict[str, list[dict[str, float]]] = monitor.conflicts
+    found: dict[str, dict[str, float]] = optimizer.conflicts()
+    print(conflicts, found, optimizer.watch_conflicts(), [PCGrad(1).weights(1.0) for _ in range(2)])
     schedule = FactorSchedule(registry, ["towers"], rise)
     print(optimizer.averages, [group.name for group in optimizer.groups], schedule.names)
     broken: dict[str, float] = monitor.broken

@@ -97,6 +97,9 @@ after = _native.after
 adjustable = _native.adjustable
 """A variable that compiled steps read a number from; None where they cannot, and the number is compiled in."""
 
+scope_of = _native.scope_of
+"""The scope for new variables that a step writes beside another: that of its distribution strategy."""
+
 computed_once = _native.computed_once
 """A value, computed in one place for all that is made of it.
 
@@ -125,6 +128,12 @@ add_gradients = _native.add_gradients
 scale_gradient = _native.scale_gradient
 """A multiple of a gradient; of a sparse one sparse."""
 
+dense_gradients = _native.dense_gradients
+"""Dense tensors of one shape with the inner products of some gradients: of sparse ones the rows that they have."""
+
+over_replicas = _native.over_replicas
+"""The sums of gradients over the replicas of a distribution that trace a step side by side, and how many there are."""
+
 sum_of_squares = _native.sum_of_squares
 """Σ x² over the entries of all tensors, which have one shape: a scalar."""
 
@@ -147,6 +156,9 @@ split = _native.split
 
 mix = _native.mix
 """`(1 − share)·left + share·right`, and exactly `left` wherever both are the same number; nothing overflows."""
+
+stateless_uniform = _native.stateless_uniform
+"""Random numbers in [0, 1), the same for one seed and step: where a step is traced there is no state to draw from."""
 
 approach = _native.approach
 """`value + rate·(target − value)` for tensors and their targets, in as few passes and calls as the backend can."""

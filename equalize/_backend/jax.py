@@ -103,6 +103,10 @@ def adjustable(number: float) -> Any:
     return None
 
 
+def scope_of(variable: keras.Variable) -> Any:
+    return nullcontext()
+
+
 def computed_once(value: Tensor) -> Tensor:
     # XLA removes barriers before it fuses on CPUs, but never computes the result of a conditional twice.
     if 0 in value.shape or not is_traced(value):
@@ -156,8 +160,20 @@ def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
     return functools.reduce(ops.add, reversed(gradients))
 
 
-def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
+def scale_gradient(gradient: Tensor, factor: float | Tensor) -> Tensor:
     return gradient * factor
+
+
+def dense_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    return gradients
+
+
+def over_replicas(gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    return gradients, 1
+
+
+def stateless_uniform(shape: Sequence[int], seed: int, step: Tensor) -> Tensor:
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), tuple(shape))
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

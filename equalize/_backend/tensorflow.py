@@ -6,7 +6,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -96,6 +96,11 @@ def adjustable(number: float) -> Any:
     return tf.Variable(tf.constant(number, "float64"), trainable=False, name="strength")
 
 
+def scope_of(variable: keras.Variable) -> Any:
+    strategy = getattr(variable.value, "distribute_strategy", None)
+    return nullcontext() if strategy is None else strategy.scope()
+
+
 def computed_once(value: Tensor) -> Tensor:
     if 0 in value.shape or not _compiled_by_xla(value):
         return value
@@ -160,10 +165,34 @@ def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
     return tf.add_n([tf.convert_to_tensor(gradient) for gradient in gradients])
 
 
-def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
+def scale_gradient(gradient: Tensor, factor: float | Tensor) -> Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
     return gradient * factor
+
+
+def dense_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+        return gradients
+    if not all(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+        return [tf.convert_to_tensor(gradient) for gradient in gradients]
+    rows, places = tf.unique(tf.concat([gradient.indices for gradient in gradients], 0))
+    ends = tf.cumsum([tf.shape(gradient.indices)[0] for gradient in gradients])
+    return [
+        tf.math.unsorted_segment_sum(gradient.values, places[end - tf.shape(gradient.indices)[0] : end], tf.size(rows))
+        for gradient, end in zip(gradients, tf.unstack(ends), strict=True)
+    ]
+
+
+def over_replicas(gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return gradients, 1
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, list(gradients)), context.num_replicas_in_sync
+
+
+def stateless_uniform(shape: Sequence[int], seed: int, step: Tensor) -> Tensor:
+    return tf.random.stateless_uniform(tuple(shape), (seed, tf.cast(step, "int32")), alg="philox")  # XLA has another
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

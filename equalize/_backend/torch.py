@@ -84,6 +84,10 @@ def adjustable(number: float) -> Any:
     return None
 
 
+def scope_of(variable: keras.Variable) -> Any:
+    return nullcontext()
+
+
 def computed_once(value: Tensor) -> Tensor:
     return value
 
@@ -137,8 +141,21 @@ def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def scale_gradient(gradient: Tensor, factor: float) -> Tensor:
+def scale_gradient(gradient: Tensor, factor: float | Tensor) -> Tensor:
     return gradient * factor
+
+
+def dense_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    return gradients
+
+
+def over_replicas(gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    return gradients, 1
+
+
+def stateless_uniform(shape: Sequence[int], seed: int, step: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed((seed << 32) + int(step))
+    return torch.rand(tuple(shape), generator=generator).to(torch.get_default_device())
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
+from equalize._math import definite
 
 Sum: TypeAlias = tuple[Tensor, list[Tensor]]
 """A sum of distances, and its gradients by the tensors."""
@@ -52,7 +53,7 @@ def weighted_sum(values: Sequence[Tensor], factors: np.ndarray, by_differences: 
 
 def _squared_distances(seen: backend.Columns, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     """The squared distances of all pairs, which of them are right, and which rows are too close to each other."""
-    gram, _ = seen.compute(lambda rows: (backend.product(rows, ops.transpose(rows)), []))
+    gram = definite.gramian(seen)
     own = ops.diagonal(gram)
     sums = ops.expand_dims(own, 0) + ops.expand_dims(own, 1)
     squares = sums - 2.0 * gram

@@ -14,7 +14,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._math import distances, means, scans
+from equalize._math import definite, distances, means, scans
 
 Pair: TypeAlias = tuple[int, int, float]
 """Two members, and how strongly they pull each other."""
@@ -112,7 +112,7 @@ def trace_norm(values: Sequence[Tensor]) -> Tensor:
     constants = _constants(values)
     power = _power(constants, 0)
     columns = backend.columns(constants).map(lambda rows: backend.stack(rows) * power)
-    gram, _ = columns.compute(lambda rows: (backend.product(rows, ops.transpose(rows)), []))
+    gram = definite.gramian(columns)
     # A solver of some backends raises on what is not finite; that shows in the rotated rows all the same.
     _, vectors = ops.eigh(ops.where(ops.isfinite(gram), gram, 0.0))
     rotated = columns.map(lambda rows: backend.product(ops.transpose(vectors), rows))

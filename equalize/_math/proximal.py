@@ -9,7 +9,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._math import means, scans
+from equalize._math import definite, means, scans
 
 # Neighbours in order that differ by no more units in the last place of the largest have been rounded apart.
 _ROUNDING = 16
@@ -183,9 +183,7 @@ def _pulled_together(pulls: Tensor) -> Tensor:
     identity = ops.eye(n, dtype=pulls.dtype)
     # A solver of some backends raises on what is not finite; that shows in the values all the same.
     pulls = ops.where(ops.isfinite(pulls), pulls, 0.0) * (1.0 - identity)
-    root = ops.cholesky(ops.diag(1.0 + ops.sum(pulls, axis=1)) - pulls)
-    inverse = ops.solve_triangular(root, identity, lower=True)
-    return backend.product(ops.transpose(inverse), inverse)
+    return definite.inverse(ops.diag(1.0 + ops.sum(pulls, axis=1)) - pulls)
 
 
 def _distances(points: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What may go wrong with the ties of a model though nothing is broken yet."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,12 @@ class Finding:
 
 
 def findings(
-    groups: Sequence[TiedGroup], pending: Sequence[str], models: Sequence[keras.Model], *, monitored: bool
+    groups: Sequence[TiedGroup],
+    pending: Sequence[str],
+    models: Sequence[keras.Model],
+    *,
+    monitored: bool,
+    conflicts: Mapping[str, Mapping[str, float]],
 ) -> list[Finding]:
     """All findings about groups, and about the models that hold their members.
 
@@ -64,9 +69,10 @@ def findings(
         pending: The names of groups of a config that are not linked yet.
         models: The models to look at.
         monitored: Whether a `TieMonitor` makes the groups equal when training ends.
+        conflicts: For ties what `TiedOptimizer.conflicts` said of the last epoch that was watched.
     """
     found = [*_pending(pending), *_unequal(groups), *_lost(groups), *_regularized(groups), *_parted(groups, models)]
-    found += [*_pulled_to_the_frozen(groups), *_still(groups)]
+    found += [*_pulled_to_the_frozen(groups), *_still(groups), *_conflicting(conflicts)]
     for model in models:
         found += _undone(model)
         parts = wrapping.parts(getattr(model, "optimizer", None))
@@ -83,6 +89,23 @@ def findings(
                 found += _about_optimizers(group, _trained_by(parts, moving), monitored=monitored)
                 found += _out_of_reach(group, model.optimizer, moving)
     return list(dict.fromkeys(found))
+
+
+def _conflicting(conflicts: Mapping[str, Mapping[str, float]]) -> Iterator[Finding]:
+    """Ties of uses that pull against each other all the time."""
+    for tie, found in conflicts.items():
+        if found["steps"] >= _STEPS and found["largest"] < 0.0:
+            yield Finding(
+                "conflict",
+                tie,
+                f"the gradients of two uses pointed against each other in each of the {found['steps']:.0f} steps of "
+                f"the last epoch: their smallest cosine was {found['cosine']:.2f} in the mean.",
+                "Give `TiedOptimizer` a reduction, such as `equalize.reductions.PCGrad()`, or tie these weights "
+                "softly or not at all; `registry.advise` says what held-out data say of that.",
+            )
+
+
+_STEPS = 10  # fewer may be chance
 
 
 def _updated_as_one(optimizer: Any) -> list[TiedGroup]:

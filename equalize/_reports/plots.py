@@ -92,12 +92,17 @@ def plot_groups(groups: Sequence[TiedGroup], path: str | os.PathLike[str]) -> No
     figure.savefig(path, dpi=120)
 
 
-def plot_spread(history: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> None:
+def plot_spread(
+    history: Mapping[str, Sequence[float]],
+    path: str | os.PathLike[str],
+    conflicts: Mapping[str, Sequence[float]] | None = None,
+) -> None:
     """Draws the spread of every group over the epochs, one line for each, with its name at the end.
 
     Args:
         history: The spreads of each group, epoch by epoch.
         path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
+        conflicts: The smallest cosines between gradients of each tie, for a second panel.
 
     Raises:
         TypeError: `path` is not a path.
@@ -110,29 +115,42 @@ def plot_spread(history: Mapping[str, Sequence[float]], path: str | os.PathLike[
             "TieMonitor has nothing to draw: expected at least one epoch of training, received none. Call "
             "`model.fit(..., callbacks=[monitor])` first."
         )
-    figure = _figure()(figsize=(8.0, 4.5), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[tuple[float, ...], list[str]] = {}  # groups with one history, as hard ones have, are one line
-    for name, spreads in history.items():
-        lines.setdefault(tuple(spreads), []).append(name)
+    panels = 2 if conflicts else 1
+    figure = _figure()(figsize=(8.0, 4.5 * panels), layout="constrained")
+    axes, *below = figure.subplots(panels, squeeze=False)[:, 0]
+    ends = _draw_epochs(axes, history)
+    positive = [value for spreads in history.values() for value in spreads if 0.0 < value < math.inf]
+    if positive:
+        axes.set_yscale("symlog", linthresh=min(positive))
+    axes.set_ylim(bottom=0.0, top=None if positive else 1.0)
+    axes.set_ylabel("spread: largest entry of max − min (0: equal)")
+    _label_ends(axes, ends)
+    for panel in below:
+        panel.axhline(0.0, color="0.6", linewidth=0.8)
+        ends = _draw_epochs(panel, conflicts or {})
+        panel.set_ylim(-1.0, 1.0)
+        panel.set_ylabel("smallest cosine between gradients (< 0: conflict)")
+        _label_ends(panel, ends)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_epochs(axes: Any, history: Mapping[str, Sequence[float]]) -> list[tuple[float, Any, str, str]]:
+    """A line over the epochs for each name, and where it ends; names with one history, as hard groups have, are one."""
+    lines: dict[tuple[float, ...], list[str]] = {}
+    for name, numbers in history.items():
+        lines.setdefault(tuple(numbers), []).append(name)
     ends = []
-    for index, (spreads, names) in enumerate(lines.items()):
-        values = np.where(np.isfinite(spreads), spreads, np.nan)
+    for index, (numbers, names) in enumerate(lines.items()):
+        values = np.where(np.isfinite(numbers), numbers, np.nan)
         epochs = np.arange(1, len(values) + 1)
         color = _COLORS[index % len(_COLORS)]
         axes.plot(epochs, values, color=color, marker="o", markersize=3, clip_on=False)
         ends.append((float(values[-1]), epochs[-1], color, _listed(names)))
-    positive = [value for spreads in lines for value in spreads if 0.0 < value < math.inf]
-    if positive:
-        axes.set_yscale("symlog", linthresh=min(positive))
-    axes.set_ylim(bottom=0.0, top=None if positive else 1.0)
     axes.margins(x=0.0)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("spread: largest entry of max − min (0: equal)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
-    _label_ends(axes, ends)
-    figure.savefig(path, dpi=120)
+    return ends
 
 
 def _figure() -> Any:

@@ -2,18 +2,20 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
+from equalize._math import definite, means
 from equalize._ties.bound import leads
 from equalize._ties.member import Member
-from equalize._ties.tied_group import TiedGroup
+from equalize._ties.tied_group import TiedGroup, by_tie
 
 _NONE: Mapping[int, int] = {}
 
@@ -26,31 +28,31 @@ class SharedUpdate:
         group: The group.
         moving: The members that may move and that the optimizer trains, each with the index of its variable. A variable
             may be in it several times, by parts.
+        uses: The place of each of them among all members of the group.
         leader: The place in `moving` of the member that is updated for all; None where an anchor holds the group.
     """
 
     group: TiedGroup
     moving: Sequence[tuple[int, Member]]
+    uses: Sequence[int]
     leader: int | None
 
-    def reduced(
-        self, gradients: Mapping[int, Tensor | None], reduced: dict[int, Tensor | None], updated: set[int], how: str
-    ) -> None:
+    def pulled(self, gradients: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
+        """What each member's gradient is for the common value, Vᵢᵀ(gᵢ), by the member's place in the group."""
+        given = zip(self.uses, self.moving, strict=True)
+        return {use: m.adjoint(gradients[i]) for use, (i, m) in given if gradients.get(i) is not None}
+
+    def reduce(self, total: Tensor | None, reduced: dict[int, Tensor | None], updated: set[int]) -> None:
         """Replaces the gradients of members by those of what is updated.
 
-        The leader gets the gradient of the common value, Σ Vᵢᵀ(gᵢ), as its own view shows it; for `how="mean"` divided
-        by the number of members that may move. Of the others none is left, and what is free keeps its own.
+        The leader gets the gradient of the common value, as its own view shows it. Of the others none is left, and
+        what is free keeps its own.
 
         Args:
-            gradients: The gradients of all variables, by their indices.
-            reduced: The gradients of what is updated, which are changed.
+            total: The gradient of the common value.
+            reduced: The gradients of what is updated, by the indices of variables, which are changed.
             updated: The indices of what is updated.
-            how: The reduction.
         """
-        given = [(i, member) for i, member in self.moving if gradients.get(i) is not None]
-        total = backend.add_gradients([member.adjoint(gradients[i]) for i, member in given]) if given else None
-        if how == "mean" and total is not None:
-            total = backend.scale_gradient(total, 1.0 / len(self.moving))
         for place, (i, member) in enumerate(self.moving):
             value, own = total if place == self.leader else None, reduced.get(i)
             if i in updated and not (value is None and own is None):
@@ -74,14 +76,61 @@ def _zeros(member: Member, gradient: Tensor) -> Tensor:
 
 
 def reduced_gradients(
-    updates: Sequence[SharedUpdate], gradients: Mapping[int, Tensor | None], count: int, how: str
+    updates: Sequence[SharedUpdate], gradients: Mapping[int, Tensor | None], count: int, reduction: Any
 ) -> dict[int, Tensor | None]:
-    """From the gradients of `count` variables, by index, those of what is updated, in the order of the variables."""
+    """From the gradients of variables those of what is updated, in the order of the variables.
+
+    Args:
+        updates: The shared updates.
+        gradients: Gradients, by the indices of their variables.
+        count: How many variables there are.
+        reduction: `"sum"`; or `"mean"`, divided by the number of members that may move; or a function from a group of
+            the tie and the Gram matrix of its uses to their weights, or to one of these words.
+    """
     kept = set(updated_indices(updates, count))
     reduced = {index: gradient for index, gradient in gradients.items() if index in kept}
-    for update in updates:
-        update.reduced(gradients, reduced, kept, how)
+    of_group = {id(update.group): update for update in updates}
+    for groups in by_tie([update.group for update in updates]):
+        tie = [of_group[id(group)] for group in groups]
+        pulled = [update.pulled(gradients) for update in tie]
+        weighed = reduction if isinstance(reduction, str) else _weighed(groups[0], pulled, reduction)
+        for update, of_uses in zip(tie, pulled, strict=True):
+            total = backend.add_gradients(list(of_uses.values())) if of_uses else None
+            if weighed == "mean" and total is not None:
+                total = backend.scale_gradient(total, 1.0 / len(update.moving))
+            update.reduce(total, reduced, kept)
     return dict(sorted(reduced.items()))
+
+
+def _weighed(group: TiedGroup, pulled: list[dict[int, Tensor]], weigh: Callable[..., Tensor | str]) -> str:
+    """Multiplies the gradients of one tie's uses by their weights, and says what is left to do with them."""
+    uses = sorted({use for of_uses in pulled for use in of_uses})
+    if not uses:
+        return "sum"
+    together = [backend.over_replicas(list(of_uses.values())) for of_uses in pulled]
+    gramian = sum(_gramian(uses, of_uses, whole) for of_uses, (whole, _) in zip(pulled, together, strict=True))
+    weights = weigh(group, gramian)
+    if isinstance(weights, str):
+        return weights
+    for of_uses, (whole, replicas) in zip(pulled, together, strict=True):
+        for use, gradient in zip(list(of_uses), whole, strict=True):
+            # The inner optimizer adds up over replicas what is a sum over them already.
+            weight = ops.cast(weights[uses.index(use)] / replicas, backend.dtype(gradient))
+            of_uses[use] = backend.scale_gradient(gradient, weight)
+    return "sum"
+
+
+def _gramian(uses: Sequence[int], given: Iterable[int], gradients: Sequence[Tensor]) -> Tensor:
+    """The inner products of the gradients of uses in one group, where a missing gradient counts as zero."""
+    if not gradients:
+        return 0.0
+    dense = [means.widen(gradient) for gradient in backend.dense_gradients(gradients)]
+    gramian = ops.cast(definite.gramian(backend.columns(dense).map(backend.stack)), "float32")
+    places = [uses.index(use) for use in given]
+    if len(places) == len(uses):
+        return gramian
+    chosen = ops.convert_to_tensor(np.eye(len(uses), dtype="float32")[places])
+    return backend.product(ops.transpose(chosen), backend.product(gramian, chosen))
 
 
 def shared_updates(
@@ -98,10 +147,11 @@ def shared_updates(
     found = []
     for group in groups:
         members = group.members if group.hard else ()
-        moving = [(indices[id(m.variable)], m) for m in members if not m.anchor and id(m.variable) in indices]
+        uses = [use for use, m in enumerate(members) if not m.anchor and id(m.variable) in indices]
+        moving = [(indices[id(members[use].variable)], members[use]) for use in uses]
         if moving:
             held = any(member.anchor for member in members)
-            found.append(SharedUpdate(group, moving, None if held else _leader(moving, leaders.get(id(group)))))
+            found.append(SharedUpdate(group, moving, uses, None if held else _leader(moving, leaders.get(id(group)))))
     return found
 
 

@@ -8,6 +8,7 @@ import equalize
 from equalize.callbacks import FactorSchedule, PeriodicSync, TieMonitor
 from equalize.constraints import Equal, Follow
 from equalize.optimizers import TiedOptimizer
+from equalize.reductions import Reduction
 from equalize.regularizers import MeanL2, PairwiseL2
 from tests.messages import compiled, dense, kernels, message, model_of, tied
 
@@ -19,6 +20,45 @@ from tests.messages import compiled, dense, kernels, message, model_of, tied
 )
 def unknown_reduction():
     TiedOptimizer("sgd", equalize.GroupRegistry(), reduction="max")
+
+
+@message(
+    """
+    `reduction` must be one of ['sum', 'mean'], or an object of a class of `equalize.reductions`.
+    Received: 3 of type <class 'int'>.
+    """
+)
+def reduction_of_another_type():
+    TiedOptimizer("sgd", equalize.GroupRegistry(), reduction=3)
+
+
+@message(
+    """
+    `weights` of One must return one number for each of 2 uses, of shape (2,). Received: shape (1,).
+    """
+)
+def reduction_that_gives_one_weight():
+    class One(Reduction):
+        def weights(self, gramian):
+            return ops.ones(1)
+
+    registry, layers = tied()
+    optimizer = TiedOptimizer("sgd", registry, reduction=One())
+    optimizer.apply([ops.ones((4, 3))] * 2, [layer.kernel for layer in layers])
+
+
+@message(
+    """
+    TieMonitor cannot see gradients in the model 'model': expected that it is compiled with a
+    TiedOptimizer for this registry, received SGD. Compile with
+    `equalize.optimizers.TiedOptimizer(optimizer, registry)`, or leave `gradients` out.
+    """
+)
+def gradients_without_a_tied_optimizer():
+    registry, layers = tied()
+    model = model_of(*layers)
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 4)), np.ones((2, 3)), verbose=0, callbacks=[TieMonitor(registry, gradients=True)])
 
 
 @message(
