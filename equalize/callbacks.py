@@ -1,15 +1,15 @@
 """Callbacks: what happens to ties around a training run, beyond its steps.
 
 `TieMonitor` logs how far apart members are and how far their gradients conflict, and repairs hard ties when training
-ends; `FactorSchedule` changes how strongly a group is tied from epoch to epoch; `PeriodicSync` makes members equal now
-and then; `TiedCheckpoint` keeps files of the model, small and with the ties.
+ends; `FactorSchedule` changes how strongly a group is tied from epoch to epoch; `TieSchedule` has ties end or begin;
+`PeriodicSync` makes members equal now and then; `TiedCheckpoint` keeps files of the model, small and with the ties.
 """
 
 import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,20 +17,21 @@ import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
-from equalize._backend import living, wrapping
+from equalize._backend import keras_private, living, wrapping
 from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._reports import plots
 from equalize._reports.invariance import asymmetry, has_invariant
 from equalize._ties import following
 from equalize._ties.bound import Bound
+from equalize._ties.rules import Rule
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
 from equalize.saving import save_model, save_weights
 
-__all__ = ["FactorSchedule", "PeriodicSync", "TieMonitor", "TiedCheckpoint"]
+__all__ = ["FactorSchedule", "PeriodicSync", "TieMonitor", "TieSchedule", "TiedCheckpoint"]
 
 
 class TieMonitor(keras.callbacks.Callback):
@@ -367,6 +368,107 @@ class FactorSchedule(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
             logs.update({f"factor/{group.name}": group.tying.strength for group in self._groups()})
+
+
+class TieSchedule(keras.callbacks.Callback):
+    """Changes the rule of a group at given epochs or steps: ties that end, begin or turn soft within one `fit`.
+
+    Share, then unshare: tied at first, weights learn what is common from all gradients; set free later, each goes its
+    own way from there. Under a `TiedOptimizer` the optimizer's slots are handed over at each change, so the next step
+    of Adam is as large as the last one; see `GroupRegistry.replace`. Each change has the step traced once more.
+
+    A run that is resumed goes on: epochs are those of `fit(initial_epoch=...)`, and steps those that the optimizer has
+    taken. Load the model with `equalize.saving.load_model`, which has the ties of the time when it was saved, and give
+    the schedule the registry that comes with it.
+
+    Args:
+        registry: The `equalize.GroupRegistry` that the model is linked by.
+        name: Name of a group, or of a tie of layers, all of whose groups change.
+        rules: For epochs, counted from 0, the rule that holds from then on, without a group name; None for a free
+            group. Before the first of them the group keeps the rule that it has.
+        on_step: Whether the numbers are steps instead, counted from 0 over all epochs.
+
+    Raises:
+        TypeError: `registry` is not a registry, `rules` is not a mapping from integers to rules, or `on_step` is not a
+            bool.
+        EqualizeError: `rules` is empty or has a negative number, or when training starts, the group is unknown.
+        NotLinkedError: Training starts, and the group has no member in the model.
+
+    Example:
+    >>> import keras, numpy as np, equalize
+    >>> inputs = keras.Input((3,))
+    >>> left, right = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Model(inputs, [left(inputs), right(inputs)])
+    >>> registry = equalize.GroupRegistry()
+    >>> groups = registry.tie("towers", [left, right], equalize.constraints.Equal())
+    >>> model.compile(equalize.optimizers.TiedOptimizer("adam", registry), ["mse", "mse"])
+    >>> schedule = equalize.callbacks.TieSchedule(registry, "towers", {0: equalize.constraints.Equal(), 5: None})
+    >>> x, y = np.ones((8, 3)), [np.ones((8, 2)), np.zeros((8, 2))]
+    >>> history = model.fit(x, y, epochs=5, verbose=0, callbacks=[schedule])
+    >>> equalize.relation(left.kernel, right.kernel)
+    'equal'
+    >>> history = model.fit(x, y, initial_epoch=5, epochs=6, verbose=0, callbacks=[schedule])
+    >>> equalize.relation(left.kernel, right.kernel)
+    'different'
+
+    Reference:
+        Yang et al., Speeding up deep model training by sharing weights and then unsharing (2021).
+    """
+
+    def __init__(self, registry: GroupRegistry, name: str, rules: Mapping[int, Rule | None], *, on_step: bool = False):
+        super().__init__()
+        self.registry = checked_registry(registry)
+        self.name = arguments.text("name", name, "the name of a group")
+        self.on_step = arguments.flag("on_step", on_step)
+        if not isinstance(rules, Mapping) or not all(isinstance(rule, Rule | None) for rule in rules.values()):
+            raise TypeError(f"`rules` must be a mapping from integers to rules, or None. Received: {received(rules)}.")
+        if not rules:
+            raise EqualizeError(f"`rules` must have at least one rule. Received: {received(rules)}.")
+        self.rules = {arguments.integer("rules", start, low=0): rule for start, rule in rules.items()}
+        self._due: int | None = None
+        self._first = self._steps = self._before = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        groups = self._groups()
+        if not _has_member(self.model, groups):
+            raise NotLinkedError(
+                f"TieSchedule has nothing to change in the model '{self.model.name}': group '{self.name}' has no "
+                "member there. Expected: the registry that this model is linked by."
+            )
+        self._due, self._steps = None, 0
+        self._first = int(backend.array(keras_private.steps_taken(wrapping.parts(self.model.optimizer)[0][-1]).value))
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._before = self._steps
+        if not self.on_step:
+            self._change(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self.on_step:
+            self._change(self._first + self._before + batch)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._steps = self._before + batch + 1
+
+    def _change(self, now: int) -> None:
+        """Gives the group the rule that holds now, unless it has it."""
+        due = max((start for start in self.rules if start <= now), default=None)
+        if due == self._due:
+            return
+        self._due = due
+        rule = self.rules[due]
+        if all(_described(group.rule) == _described(rule) for group in self._groups()):
+            return
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        self.registry.replace(self.name, rule)
+
+    def _groups(self) -> list[TiedGroup]:
+        return self.registry.select([self.name], statistics=False)
+
+
+def _described(rule: Rule | None) -> str:
+    return "" if rule is None else rule.describe()
 
 
 def _has_member(model: keras.Model, groups: Iterable[TiedGroup]) -> bool:

@@ -1,6 +1,7 @@
 """Optimizers that tie: `TiedOptimizer` makes one update for a whole group, from the sum of its members' gradients."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ from equalize._backend.living import objects_of
 from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import validation
+from equalize._ties import slots
 from equalize._ties.bound import group_of, leads, ties_on
 from equalize._ties.following import follow_leaders
 from equalize._ties.member import listing
@@ -187,6 +189,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self._known: frozenset[int] | None = None
         self._leaders: dict[int, int] = {}
         self._loaded = False
+        self._handed_over = False
         self._conflicts: _Conflicts | None = None
         self._problem: EqualizeError | None = None
         registry.optimizers.add(self)
@@ -239,13 +242,82 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         if updates or stale or updated is None:
             self._require_updates(updates)
             updated = self._updated = tuple(updated_indices(updates, len(variables)))
+        self._remember(updates)
+        self.inner_optimizer.build([variables[index] for index in updated])
+        self._built = _Built(variables)
+        self.built = True
+
+    @contextlib.contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """While hard groups end or begin: hands their slots to the members, or the members' to them.
+
+        A first moment of a sum of n gradients is n times that of one, and a second moment n² times. So slots are
+        scaled, by the power of the gradients with which slots of their kind grow, which is measured, and the next step
+        of an optimizer such as Adam is as large as the last one was. Of a group that begins, slots and values are the
+        means of its members'. The inner optimizer stays, with its settings.
+
+        Raises:
+            GroupMismatchError: A group begins, and the inner optimizer treats its members differently.
+            EqualizeError: The weights are in a step of `fit` on JAX; call `model.jax_state_sync()` before.
+        """
+        if not self.built:
+            yield
+            return
+        if any(backend.is_purged(variable) for variable in self._trained):
+            raise EqualizeError(
+                "TiedOptimizer cannot hand slots over: while `fit` runs on JAX they are in the compiled step. "
+                "Expected: a model that has taken its state back. Call `model.jax_state_sync()` first, as "
+                "`equalize.callbacks.TieSchedule` does."
+            )
+        before = self._updates_as_built()
+        yield
+        self._rebuild(before, self._updates(self._trained))
+
+    def _rebuild(self, before: Sequence[SharedUpdate], after: Sequence[SharedUpdate]) -> None:
+        """Has the inner optimizer update what is tied now, with slots from what was tied before."""
+        ended = [update for update in before if update not in after]
+        begun = [update for update in after if update not in before]
+        for update in begun:
+            _require_all_members(update)
+            _require_one_treatment(update, self.inner_optimizer)
+            update.group.sync("mean")
+
+        def source(kind: str, old: Mapping[int, Any], variable: keras.Variable, degree: int) -> Tensor | None:
+            value = old.get(id(variable))
+            for update in ended:
+                for _, member in update.moving if update.leader is not None else ():
+                    leader = update.moving[update.leader][1]
+                    slot = old.get(id(leader.variable))
+                    if member.variable is variable and slot is not None:
+                        common = slots.pulled(leader, slot, degree) / self._size(update) ** degree
+                        value = slots.shown(member, common, degree, value)
+            for update in begun:
+                held = [(member, old.get(id(member.variable))) for _, member in update.moving]
+                known = [slots.pulled(member, slot, degree) for member, slot in held if slot is not None]
+                if known and update.leader is not None and update.moving[update.leader][1].variable is variable:
+                    common = sum(known) / len(known) * self._size(update) ** degree
+                    value = slots.shown(update.moving[update.leader][1], common, degree, value)
+            return None if value is None else backend.tensor(value)
+
+        self._updated = tuple(updated_indices(after, len(self._trained)))
+        self._remember(after)
+        slots.rebuild(self.inner_optimizer, [self._trained[index] for index in self._updated], source)
+        self._built, self._handed_over = _Built(self._trained), True
+
+    def _size(self, update: SharedUpdate) -> float:
+        """How many times the gradient of one use the reduction gives, where all uses have the same."""
+        n = len(update.moving)
+        if isinstance(self.reduction, str):
+            return float({"sum": n, "mean": 1}[self.reduction])
+        ones = ops.ones((n, n), "float32")
+        return float(backend.array(ops.sum(_weights_of(self.reduction, ones, ops.cast(0, "int32")))))
+
+    def _remember(self, updates: Sequence[SharedUpdate]) -> None:
+        """Keeps which groups slots were made for, and which of their members have them."""
         self._known = frozenset(id(update.group) for update in updates) or None
         self._leaders = {
             id(update.group): update.moving[update.leader][0] for update in updates if update.leader is not None
         }
-        self.inner_optimizer.build([variables[index] for index in updated])
-        self._built = _Built(variables)
-        self.built = True
 
     def _checked(self, name: str, variables: Any) -> list[keras.Variable]:
         """Variables to train. TensorFlow's own may be among them: some that are not tied, or the values of Keras's."""
@@ -522,7 +594,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def _require_updates(self, updates: Sequence[SharedUpdate]) -> None:
         frozen = any(group.hard and all(m.anchor for m in group.members) for group in self.registry.values())
-        if not updates and not frozen:
+        ended = self._handed_over or any(group.rule is None for group in self.registry.values())
+        if not updates and not frozen and not ended:
             raise NotLinkedError(
                 "TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are "
                 f"trained; received {self.registry!r}. Link or tie the model's layers before training: "

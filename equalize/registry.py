@@ -1,5 +1,6 @@
 """The registry: the groups of a model by name, and everything one does with them."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -249,7 +250,9 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         """Gives a group another rule, to go from a soft tie to a hard one, for instance; or none, to set it free.
 
         Members, views and weights stay as they are, and so do values: what is made hard becomes equal, to its mean, in
-        the next step. The next step of `fit` follows the new rule, also inside a callback; a step that was compiled by
+        the next step. Under a `TiedOptimizer` slots are handed over: what the optimizer knew of the group goes to each
+        member when a hard group ends, and what it knew of the members to the group when one begins, which becomes equal
+        at once. The next step of `fit` follows the new rule, also inside a callback; a step that was compiled by
         hand must be compiled again. Layers that declare a rule keep that one in their configs.
 
         Args:
@@ -280,8 +283,12 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         changes = [planning.plan_replacement(group, rule) for group in groups]
         own = _for_statistics(discovery.required_rule(groups[0].name, rule))
         changes += [planning.plan_replacement(group, own) for group in self._statistics_of(groups)]
-        for apply in changes:
-            apply()
+        with contextlib.ExitStack() as stack:
+            hard = discovery.required_rule(groups[0].name, rule).hard
+            for optimizer in self.optimizers if any(group.hard != hard for group in groups) else ():
+                stack.enter_context(optimizer.handing_over())
+            for apply in changes:
+                apply()
         self._keep_statistics()
         retrace(_variables(groups))
 
