@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from benchmarks import colors, ways
+from benchmarks import colors, curves, ways
 from benchmarks.quality.transformer import BATCH, CONTEXT, HEADS, WIDTH, Embedding, load, loss
 from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
 from benchmarks.training import Trainer
@@ -141,6 +141,7 @@ class Recursive(Task):
         axes.set(xlabel="weights to store, those that are tied once", ylabel="bits per character")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.margins(x=0.15, y=0.2)
+        curves.explain_errors(axes)
 
 
 def parts(records: Sequence[Record]) -> dict[str, list[Record]]:
