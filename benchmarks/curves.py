@@ -44,9 +44,9 @@ def dots(axes: Any, results: dict[str, Sequence[float]], *, digits: int = 1) -> 
     axes.margins(x=0.08)
 
 
-def explain_errors(axes: Any) -> None:
-    """Says what error bars are, in the upper right corner of a picture."""
-    axes.set_title("bars: standard error", loc="right", fontsize=8, color=colors.GREY)
+def explain(axes: Any, text: str = "bars: standard error") -> None:
+    """Says in the upper right corner of a picture what error bars are, or more."""
+    axes.set_title(text, loc="right", fontsize=8, color=colors.GREY)
 
 
 def labelled_lines(axes: Any, lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> None:

@@ -244,4 +244,4 @@ class Clusters(Task):
         axes.set_xticks(noises, [f"{noise:g}" for noise in noises])
         axes.minorticks_off()
         axes.legend(frameon=False)
-        curves.explain_errors(axes)
+        curves.explain(axes)

@@ -98,7 +98,7 @@ def build(characters: int, rank: int, way: ways.Way) -> tuple[keras.Model, ways.
 class Recursive(Task):
     """Loss of a small transformer whose tied blocks have low-rank parts of their own."""
 
-    title = "Three transformer blocks on text, tied with low-rank parts of their own: bits per character"
+    title = "Tied transformer blocks with low-rank parts of their own: bits per character"
     timed = False
     size = (7.5, 4.0)
 
@@ -126,6 +126,9 @@ class Recursive(Task):
         for name, part in parts(records).items():
             bits = plus_minus([record["test"] for record in part], " bits", digits=3)
             lines.append(Row(f"{name}, {part[0]['free_weights']:,} weights", bits))
+        bits = {name: np.array([record["test"] for record in part]) for name, part in parts(records).items()}
+        for name in (list(bits)[-1], "untied"):
+            lines.append(Row(f"{name} less tied", plus_minus(bits[name] - bits["tied"], " bits", digits=3, sign="+")))
         spread = max(record["spread"] for record in where(records, way="exact"))
         lines.append(Row("spread of the tied weights", f"{spread:g}", "0", spread == 0.0))
         return lines
@@ -137,11 +140,13 @@ class Recursive(Task):
             mean, error = mean_and_error([record["test"] for record in part])
             weights = part[0]["free_weights"]
             axes.errorbar(weights, mean, error, color=color, marker="o", markersize=5, capsize=3)
-            axes.annotate(name, (weights, mean + error), (0, 5), textcoords="offset points", ha="center", color=color)
-        axes.set(xlabel="weights to store, those that are tied once", ylabel="bits per character")
+            text = name.removeprefix("tied, own ")
+            axes.annotate(text, (weights, mean + error), (0, 5), textcoords="offset points", ha="center", color=color, fontsize=8)
+        axes.set(xlabel="weights to store, tied ones once (rank: of the parts that each block has of its own)")
+        axes.set(ylabel="bits per character")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.margins(x=0.15, y=0.2)
-        curves.explain_errors(axes)
+        curves.explain(axes)
 
 
 def parts(records: Sequence[Record]) -> dict[str, list[Record]]:

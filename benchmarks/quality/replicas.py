@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 import equalize
 from benchmarks import colors
-from benchmarks.curves import explain_errors
+from benchmarks.curves import explain
 from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
 
 REPLICAS, BATCH, HIDDEN = 4, 16, 32
@@ -160,7 +160,7 @@ class Replicas(Task):
         axes.set(ylabel="accuracy on held-out digits (%)")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(frameon=False, loc="lower right")
-        explain_errors(axes)
+        explain(axes)
 
 
 def by_way(records: Sequence[Record]) -> list[tuple[int, bool, list[Record]]]:

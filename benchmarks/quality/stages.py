@@ -157,9 +157,10 @@ class Stages(Task):
         )
 
         schools.weights = result["proximal"]
-        registry.split("schools", atol=NEAR)
+        groups = registry.split("schools", atol=NEAR)
         result["split"] = schools.weights
-        schools.compile(equalize.optimizers.TiedOptimizer(keras.optimizers.Adam(0.01), registry))
+        adam = keras.optimizers.Adam(0.01)
+        schools.compile(equalize.optimizers.TiedOptimizer(adam, registry) if groups else adam)
         result["exact"] = schools.fit(epochs=2)[-1]
         registry.check()
         for stage, weights in result.items():
@@ -173,6 +174,10 @@ class Stages(Task):
             models = np.mean([record["models"] for record in part])
             what = f"{LABELS[stage]}, {models:.0f} {'model' if models == 1 else 'models'}"
             lines.append(Row(what, plus_minus([record["test"] for record in part], " %")))
+        free = np.array([record["test"] for record in where(records, stage="free")])
+        for stage in ("soft", "exact"):
+            gain = [record["test"] for record in where(records, stage=stage)] - free
+            lines.append(Row(f"{LABELS[stage]} less free", plus_minus(gain, " %", sign="+")))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
@@ -191,7 +196,7 @@ class Stages(Task):
         names = [f"{LABELS[s].replace(': ', chr(10))}\n({n:.0f})" for s, n in zip(stages, counts, strict=True)]
         axes.set_xticks(range(len(stages)), names, fontsize=8)
         axes.set(ylabel="explained variance on held-out pupils (%)", xlabel="stage (and how many models differ)")
-        curves.explain_errors(axes)
+        curves.explain(axes, "bars: standard error; grey: each split")
 
 
 def best(path: Sequence[np.ndarray], score: Callable[[np.ndarray], float]) -> np.ndarray:
