@@ -320,7 +320,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         one to the other (single linkage). Each cluster becomes a hard group of the mean of its members; members alone
         become plain variables. So members that a soft tie has brought together are exactly equal from then on, which
         `PairwiseNorm` and `PairwiseL1` alone do up to the optimizer's steps. Of a tie of layers, whole layers are
-        clustered, by all their weights. After `equalize.constraints.ProximalPairwiseL1` the tolerance can be 0.
+        clustered, by all their weights. After `equalize.constraints.ProximalPairwiseNorm` the tolerance can be 0.
 
         Args:
             name: Name of the group, or of a tie of layers. The new ones are `name/0`, `name/1` and so on, in the order

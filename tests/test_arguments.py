@@ -350,6 +350,7 @@ CALLS = {
     "constraints.Follow": (Follow, lambda w: {"group": "name", "rate": 0.5, "every": 2, "view": Transpose()}),
     "constraints.GroupConstraint": rule_calls(ToZero),
     "constraints.ProximalPairwiseL1": rule_calls(constraints.ProximalPairwiseL1, factor=0.5),
+    "constraints.ProximalPairwiseNorm": rule_calls(constraints.ProximalPairwiseNorm, factor=0.5),
     "constraints.Invariant": (constraints.Invariant, lambda w: {"views": [Transpose()], "inner": "non_neg"}),
     "optimizers.TiedOptimizer": (
         optimizers.TiedOptimizer,

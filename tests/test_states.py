@@ -204,8 +204,9 @@ class Registry(stateful.RuleBasedStateMachine):
         self.settled = equal & self.settled if exact else equal
 
     def frozen(self, name):
-        """How many members of a group do not move."""
-        return sum(not self.layers[i].trainable for i in self.groups[name])
+        """How many values of a group do not move: a member that repeats entries has several."""
+        members = zip(self.groups[name], self.registry[name].members, strict=True)
+        return sum(1 + member.repeats for i, member in members if not self.layers[i].trainable)
 
     def followers(self):
         """The places of what follows, which moves though it is frozen."""

@@ -8,7 +8,7 @@ import numpy as np
 
 import equalize
 from equalize.callbacks import FactorSchedule, PeriodicSync, TiedCheckpoint, TieMonitor
-from equalize.constraints import Equal, Follow, GroupConstraint, Invariant, ProximalPairwiseL1
+from equalize.constraints import Equal, Follow, GroupConstraint, Invariant, ProximalPairwiseL1, ProximalPairwiseNorm
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, GroupRegularizer, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
@@ -45,8 +45,8 @@ def custom() -> list[SumToZero | Energy]:
     return [SumToZero("towers", view=Flip(0)), Energy("towers", 0.5)]
 
 
-def proximal() -> ProximalPairwiseL1:
-    return ProximalPairwiseL1("tasks", factor=0.1)
+def proximal() -> tuple[ProximalPairwiseL1, ProximalPairwiseNorm]:
+    return ProximalPairwiseL1("tasks", factor=0.1), ProximalPairwiseNorm("tasks", factor=0.1)
 
 
 def follow(registry: equalize.GroupRegistry, student: keras.Model, teacher: keras.Model) -> PeriodicSync:

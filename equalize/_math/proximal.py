@@ -1,6 +1,8 @@
 """Proximal operators of fusion penalties, as pure functions of tensors: they make members exactly equal."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
@@ -11,6 +13,15 @@ from equalize._math import means, scans
 
 # Neighbours in order that differ by no more units in the last place of the largest have been rounded apart.
 _ROUNDING = 16
+
+# Members that the solver of the norm brings this close, of the distance that they had, have met.
+_MET = 1e-3
+
+# What pulls them is bounded by so many times what holds them: then they come within a tenth of `_MET`.
+_STIFF = 4096.0
+
+# The solver stops when no distance changes by more than this part of what it was, or after so many turns.
+_STEADY, _TURNS = 1e-5, 200
 
 
 def pairwise_l1(values: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
@@ -60,3 +71,129 @@ def _ascending(rows: Tensor) -> Tensor:
         least = scans.running_from_last(ops.minimum, (sums[a:] - sums[a - 1 : a]) / counts[: n - a])
         fitted = ops.concatenate([fitted[:a], ops.maximum(fitted[a:], least)])
     return fitted + base
+
+
+class _Solution(NamedTuple):
+    """An iterate of the solver for the norm, with a row for each of n members; distances are `(n, n)`.
+
+    Attributes:
+        turn: How many turns it took.
+        weights: The members as weighted means of the values, `(n, n)`.
+        distances: How far members are apart.
+        change: The largest change of a distance in the last turn, as a part of what it was among the values.
+    """
+
+    turn: Tensor
+    weights: Tensor
+    distances: Tensor
+    change: Tensor
+
+
+def pairwise_norm(values: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """Argmin over p of ½·Σ_i ‖w_i − p_i‖² + factor·Σ_{i<j} ‖p_i − p_j‖, the clustering problem of sums of norms.
+
+    Each p_i is a weighted mean of the values, and the weights depend on the distances of these alone. So the values are
+    seen in at most n coordinates, by a QR decomposition. There each turn has ‖p_i − p_j‖² / (2·d_ij) + d_ij / 2 in
+    place of the norms, which is never below them, with the distances d_ij of the turn before. Members that come within
+    a thousandth of the distance that they had are one from then on.
+
+    Args:
+        values: Tensors of one shape and floating dtype.
+        factor: A number that is not negative.
+
+    Returns:
+        As many tensors. Those of members that have met are equal bit for bit: they are read from one place.
+    """
+    n, dtype = len(values), backend.dtype(values[0])
+    if n == 1:
+        return list(values)
+    rows = backend.stack([ops.reshape(means.widen(value), (-1,)) for value in values])
+    seen = rows - rows[:1]  # so that members that are equal stay as they are
+    size = ops.max(ops.abs(seen))
+    size = ops.where(size > 0.0, size, 1.0)
+    points = seen / size
+    if points.shape[1] > n:
+        points = ops.transpose(ops.qr(ops.transpose(points))[1])
+    strength = ops.cast(factor, rows.dtype) / size
+    among_values = _distances(points)
+    certain = ops.where(_certain(among_values, strength), _STIFF, 0.0)
+    solution = _solved(points, strength, ops.maximum(certain, _pulls(strength, among_values)))
+    # A member is rounded as far as it is from the first, from which it is seen.
+    noise = _ROUNDING * float(np.finfo(backend.dtype(rows)).eps) * (among_values[:1] + among_values[:, :1])
+    met = ops.cast(solution.distances <= ops.maximum(_MET * among_values, noise), rows.dtype)
+    for _ in range(math.ceil(math.log2(n))):  # who met one of those that one has met
+        met = ops.cast(backend.product(met, met) > 0.0, rows.dtype)
+    means_of_clusters = met / ops.sum(met, axis=1, keepdims=True)
+    # Stiff pulls cost digits, so those that have met are from now on as many points in one place, without any.
+    points = backend.product(means_of_clusters, points)
+    weights = _solved(points, strength, _pulls(strength, solution.distances), 1.0 - met).weights
+    moved = rows[:1] + backend.product(backend.product(weights, means_of_clusters), seen)
+    moved = ops.where(ops.cast(factor, rows.dtype) == 0.0, rows, moved)
+    moved = ops.take(backend.computed_once(moved), ops.argmax(met, axis=1), axis=0)
+    return [ops.cast(ops.reshape(row, values[0].shape), dtype) for row in ops.unstack(moved, n)]
+
+
+def _solved(points: Tensor, strength: Tensor, pulls: Tensor, pairs: float | Tensor = 1.0) -> _Solution:
+    """The minimizer for n points, `(n, m)`.
+
+    Args:
+        points: The points.
+        strength: The factor of the penalty.
+        pulls: The pulls of the first turn, `(n, n)`.
+        pairs: 1 for the pairs that pull each other, 0 for others, `(n, n)`.
+    """
+    among_values = _distances(points)
+
+    def solved(pulls: Tensor, turn: Tensor, before: Tensor) -> _Solution:
+        weights = _pulled_together(pairs * pulls)
+        distances = _distances(backend.product(weights, points))
+        change = ops.abs(distances - before) / ops.where(among_values > 0.0, among_values, 1.0)
+        return _Solution(turn + 1, weights, distances, ops.max(change))
+
+    def again(*solution: Tensor) -> _Solution:
+        turn, _, distances, _ = solution
+        return solved(_pulls(strength, distances), turn, distances)
+
+    first = solved(pulls, ops.cast(0, "int32"), among_values)
+    last = ops.while_loop(lambda *solution: solution[3] > _STEADY, again, tuple(first), maximum_iterations=_TURNS)
+    return _Solution(*last)
+
+
+def _pulls(strength: Tensor, distances: Tensor) -> Tensor:
+    return ops.where(distances * _STIFF > strength, strength / ops.where(distances > 0.0, distances, 1.0), _STIFF)
+
+
+def _certain(distances: Tensor, strength: Tensor) -> Tensor:
+    """Pairs that are one in the minimizer for certain: of k members no two of which are further apart than k·strength.
+
+    Panahi, Dubhashi, Johansson and Bhattacharyya, Clustering by sum of norms: stochastic incremental algorithm,
+    convergence and cluster recovery (2017), theorem 1. Here the k members nearest to one, within k·strength / 2 of it.
+    """
+    n = distances.shape[0]
+    counts = ops.cast(np.arange(1, n + 1), distances.dtype)
+    within = ops.where(ops.sort(distances, axis=1) <= 0.5 * strength * counts, counts, 0.0)
+    radius = 0.5 * strength * ops.max(within, axis=1, keepdims=True)
+    near = distances <= radius
+    return ops.logical_or(near, ops.transpose(near))
+
+
+def _pulled_together(pulls: Tensor) -> Tensor:
+    """(I + L)⁻¹ for the Laplacian L of a graph with these weights: where springs of that strength bring points to."""
+    n = pulls.shape[0]
+    identity = ops.eye(n, dtype=pulls.dtype)
+    # A solver of some backends raises on what is not finite; that shows in the values all the same.
+    pulls = ops.where(ops.isfinite(pulls), pulls, 0.0) * (1.0 - identity)
+    root = ops.cholesky(ops.diag(1.0 + ops.sum(pulls, axis=1)) - pulls)
+    inverse = ops.solve_triangular(root, identity, lower=True)
+    return backend.product(ops.transpose(inverse), inverse)
+
+
+def _distances(points: Tensor) -> Tensor:
+    """The distances of n points, `(n, m)`, by differences: products of matrices lose those of points that are close."""
+    n, m = points.shape
+    some = max(1, 2**22 // n**2)
+    squares = ops.zeros((n, n), points.dtype)
+    for start in range(0, m, some):
+        part = points[:, start : start + some]
+        squares = squares + ops.sum(ops.square(ops.expand_dims(part, 0) - ops.expand_dims(part, 1)), axis=2)
+    return ops.sqrt(squares)

@@ -83,13 +83,16 @@ def pulled_arrays(members: Iterable[Member]) -> Iterator[np.ndarray]:
 def _bounds(members: Iterable[Member]) -> Iterator[np.ndarray]:
     """The same, and two arrays for a member that shows entries several times: the least and the greatest of each."""
     for member in members:
-        value = backend.array(member.variable.value)
-        if member.view is None or not member.repeats:
-            yield pulled_array(member, value)
-            continue
-        with backend.eagerly():
-            tensor = ops.convert_to_tensor(value)
-            yield from (_as_array(bound, value) for bound in member.view.bounds(tensor, tensor))
+        yield from bounds_of(member, backend.array(member.variable.value))
+
+
+def bounds_of(member: Member, value: np.ndarray) -> list[np.ndarray]:
+    """What a member that holds a value says of the common value; where its view repeats, the least and the greatest."""
+    if member.view is None or not member.repeats:
+        return [pulled_array(member, value)]
+    with backend.eagerly():
+        tensor = ops.convert_to_tensor(value)
+        return [_as_array(bound, value) for bound in member.view.bounds(tensor, tensor)]
 
 
 def pulled_array(member: Member, value: np.ndarray) -> np.ndarray:

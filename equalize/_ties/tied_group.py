@@ -17,7 +17,7 @@ from equalize._ties import bound, following, together
 from equalize._ties.group import Group
 from equalize._ties.member import Member, listing
 from equalize._ties.rules import Free, Rule
-from equalize._ties.spread import change_of, gentlest, pulled_array, shown_by_all, spread_of
+from equalize._ties.spread import bounds_of, change_of, gentlest, shown_by_all, spread_of
 from equalize._ties.step import Penalty, Projection, parts_of, scaled
 from equalize.errors import EqualizeError, GroupMismatchError
 
@@ -511,16 +511,20 @@ def _anchors(members: Sequence[Member]) -> list[Member]:
 
 
 def require_anchors_agree(name: str, fixed: Sequence[Member]) -> None:
-    """Raises `GroupMismatchError` where two members that do not move differ, as far as their values are available."""
-    anchors = [(member, backend.concrete(member.variable)) for member in fixed]
-    if len(anchors) < 2:
+    """Raises `GroupMismatchError` where members that do not move differ, as far as their values are available.
+
+    One whose view repeats entries may differ from itself.
+    """
+    if len(fixed) < 2 and not any(member.repeats for member in fixed):
         return
-    known = [(member, pulled_array(member, value)) for member, value in anchors if value is not None]
+    anchors = [(member, backend.concrete(member.variable)) for member in fixed]
+    known = [(member, bound) for member, value in anchors if value is not None for bound in bounds_of(member, value)]
     for member, value in known[1:]:
-        if not np.array_equal(value, known[0][1], equal_nan=True):
+        first, expected = known[0]
+        if not np.array_equal(value, expected, equal_nan=True):
+            who = f"{first} and {member} do not" if member is not first else f"entries that {member} repeats cannot"
             raise GroupMismatchError(
-                f"Group '{name}' cannot be made equal: {known[0][0]} and {member} do not move (they are not "
-                f"trainable, or constants) and differ by up to {np.max(np.abs(value - known[0][1])):g}. "
-                "Expected: at most one value among the members that do not move. "
-                "Set the two to one value, or make one of them trainable."
+                f"Group '{name}' cannot be made equal: {who} move (they are not trainable, or constants) and differ "
+                f"by up to {np.max(np.abs(value - expected)):g}. Expected: at most one value among what does not "
+                "move. Set it to one value, or make one of the members trainable."
             )

@@ -289,13 +289,27 @@ def second_hard_group():
 @message(
     """
     Group 'pair' cannot be made equal: 'one' (2,) float32 and 'two' (2,) float32 do not move (they are
-    not trainable, or constants) and differ by up to 1. Expected: at most one value among the members
-    that do not move. Set the two to one value, or make one of them trainable.
+    not trainable, or constants) and differ by up to 1. Expected: at most one value among what does not
+    move. Set it to one value, or make one of the members trainable.
     """
 )
 def two_anchors():
     held = [variable((2,), name, trainable=False, value=value) for name, value in (("one", 0.0), ("two", 1.0))]
     equalize.GroupRegistry().tie("pair", held, Equal())
+
+
+@message(
+    """
+    Group 'alone' cannot be made equal: entries that 'one' (2,) float32 as Pattern(<indices of shape
+    (2,)>, shape=[1]) repeats cannot move (they are not trainable, or constants) and differ by up to 1.
+    Expected: at most one value among what does not move. Set it to one value, or make one of the
+    members trainable.
+    """
+)
+def anchor_that_repeats_unequal_entries():
+    held = variable((2,), "one", trainable=False)
+    held.assign([0.0, 1.0])
+    equalize.GroupRegistry().tie("alone", [(held, equalize.views.Pattern([0, 0], (1,)))], Equal())
 
 
 @message(
