@@ -6,7 +6,7 @@ pulls them together, more from stage to stage (`FactorSchedule`), each stage fro
 each cluster, since the pull shrinks the weights themselves (Meinshausen, Relaxed lasso (2007)). So the number of
 clusters is found, too.
 
-Three ties do that: the proximal rule, which pulls all pairs alike; and the network lasso (Hallac, Leskovec and Boyd
+Three ties do that: two proximal rules, which pull all pairs alike; and the network lasso (Hallac, Leskovec and Boyd
 2015), a penalty on the three nearest neighbors of each task, by the weights that tasks have on their own. Beside them
 stands k-means of the weights of untied regressions, and of those under `MeanL2` at the stage with the least validation
 loss. Both are told the right number of clusters, which is generous. The adjusted Rand index compares what is found with
@@ -59,6 +59,9 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "ProximalPairwiseL1, split": Method(
         colors.VERMILLION, lambda pairs: equalize.constraints.ProximalPairwiseL1(factor=0.0), 1e-5
+    ),
+    "ProximalPairwiseNorm, split": Method(
+        colors.ORANGE, lambda pairs: equalize.constraints.ProximalPairwiseNorm(factor=0.0), 1e-5
     ),
     "PairwiseNorm of neighbors, split": Method(colors.GREEN, lambda pairs: Neighbors(factor=0.0, pairs=pairs), 0.01),
     "MeanL2, k-means": Method(colors.BLUE, lambda pairs: equalize.regularizers.MeanL2(factor=0.0)),
@@ -199,10 +202,10 @@ class Clusters(Task):
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         method = METHODS[case["method"]]
-        factors = np.geomspace(0.02, 1.0, options.choose(2, 7, 14))
-        trainer = Trainer(method, [0.0, *map(float, factors)], options.choose(10, 60, 200))
-        for noise in options.choose((1.0,), (1.0, 3.0), (0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)):
-            for split in range(options.choose(1, 2, 10)):
+        factors = np.geomspace(0.02, 1.0, options.choose(2, 7, 11))
+        trainer = Trainer(method, [0.0, *map(float, factors)], options.choose(10, 60, 100))
+        for noise in options.choose((1.0,), (1.0, 3.0), (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)):
+            for split in range(options.choose(1, 1, 8)):
                 truth, train, validation = draw(options, split, noise)
                 stages = trainer.fit(train)
                 if method.atol is None:
