@@ -141,7 +141,9 @@ class Recursive(Task):
             weights = part[0]["free_weights"]
             axes.errorbar(weights, mean, error, color=color, marker="o", markersize=5, capsize=3)
             text = name.removeprefix("tied, own ")
-            axes.annotate(text, (weights, mean + error), (0, 5), textcoords="offset points", ha="center", color=color, fontsize=8)
+            axes.annotate(
+                text, (weights, mean + error), (0, 5), textcoords="offset points", ha="center", color=color, fontsize=8
+            )
         axes.set(xlabel="weights to store, tied ones once (rank: of the parts that each block has of its own)")
         axes.set(ylabel="bits per character")
         axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -61,7 +61,7 @@ def network() -> keras.Model:
 def times(options: Options, every: int) -> list[int]:
     """The steps after which to measure, about equally far apart on a logarithmic axis."""
     last = steps(options) // every
-    return sorted({int(round(n)) * every for n in np.geomspace(1, last, options.choose(2, 8, 16))})
+    return sorted({round(n) * every for n in np.geomspace(1, last, options.choose(2, 8, 16))})
 
 
 class Accuracy(keras.callbacks.Callback):

@@ -1,11 +1,11 @@
 """From soft to exact, stage by stage: schools that form clusters of their own, and are then trained as one.
 
 One linear model of a pupil's score on the intake score for each school of the `Exam` data (see `schools`), on the same
-splits; a quick run takes the first 24 of the 65 schools. Each stage starts where the last one ended: free; soft (`MeanL2`); proximal (`ProximalPairwiseL1`,
-under which members meet); then `GroupRegistry.split` makes a hard group of each cluster, and `TiedOptimizer` trains
-each as one model. Validation data choose the factors: that of the soft stage by the explained variance of its weights,
-that of the proximal stage by the explained variance of one model for each cluster, since a pull between all pairs
-shrinks the differences. Beside them stands one model for all schools.
+splits; a quick run takes the first 24 of the 65 schools. Each stage starts where the last one ended: free; soft
+(`MeanL2`); proximal (`ProximalPairwiseL1`, under which members meet); then `GroupRegistry.split` makes a hard group of
+each cluster, and `TiedOptimizer` trains each as one model. Validation data choose the factors: that of the soft stage
+by the explained variance of its weights, that of the proximal stage by the explained variance of one model for each
+cluster, since a pull between all pairs shrinks the differences. Beside them stands one model for all schools.
 
 Nothing says that schools come in clusters. If they do not, the last stage has fewer models and explains less.
 """
@@ -152,9 +152,7 @@ class Stages(Task):
         rate = schools.rate / (1 - MOMENTUM)
         proximal = path([rate * factor * 65 / len(schools.kernels) for factor in PROXIMAL])
         trained = x[fit], y[fit], school[fit]
-        result["proximal"] = best(
-            proximal, lambda weights: explained(pooled(*trained, met(weights, NEAR)), validation)
-        )
+        result["proximal"] = best(proximal, lambda weights: explained(pooled(*trained, met(weights, NEAR)), validation))
 
         schools.weights = result["proximal"]
         groups = registry.split("schools", atol=NEAR)
