@@ -246,5 +246,5 @@ class Clusters(Task):
         axes.set(xscale="log", xlabel="standard deviation of the noise", ylabel="adjusted Rand index")
         axes.set_xticks(noises, [f"{noise:g}" for noise in noises])
         axes.minorticks_off()
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         curves.explain(axes)
