@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import ways
+from benchmarks import colors, ways
 from benchmarks.task import Record, distinct, mean_and_error, where
 
 
@@ -42,6 +42,11 @@ def dots(axes: Any, results: dict[str, Sequence[float]], *, digits: int = 1) -> 
     axes.set_yticks(range(len(results)), [ways.WAYS[name].label for name in reversed(results)])
     axes.set_ylim(-0.5, len(results) - 0.3)
     axes.margins(x=0.08)
+
+
+def explain(axes: Any, text: str = "bars: standard error") -> None:
+    """Says in the upper right corner of a picture what error bars are, or more."""
+    axes.set_title(text, loc="right", fontsize=8, color=colors.GREY)
 
 
 def labelled_lines(axes: Any, lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> None:

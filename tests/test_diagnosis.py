@@ -204,6 +204,19 @@ def test_a_tied_kernel_under_lora():
     assert "'hard'" in registry.diagnose()[0].message
 
 
+def test_what_lora_leaves_to_training_is_no_finding():
+    model = towers(2)
+    layers = [model.get_layer(f"tower_{i}") for i in range(2)]
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", layers, Equal())
+    for layer in layers:
+        layer.enable_lora(2)
+    assert [finding.message.split("'")[1] for finding in registry.diagnose()] == ["towers/kernel"] * 2  # not the bias
+    for layer in layers:
+        layer.weights[0].trainable = True  # a tied kernel with a low-rank part of each layer's own
+    assert kinds(registry) == []
+
+
 def test_a_declared_rule_under_lora():
     model = towers(2, regularizer=lambda: MeanL2("soft"))
     registry = equalize.GroupRegistry().link(model)

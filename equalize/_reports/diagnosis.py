@@ -288,7 +288,7 @@ def _under_lora(layer: keras.Layer) -> Iterator[Finding]:
     factors = [weight for weight in layer.trainable_weights if weight.name.startswith("lora_")]
     if all(next(ties_on(factor), None) is not None and factor.constraint is not None for factor in factors):
         return
-    for rule in (rule_of(tie) for weight in layer.weights for tie in ties_on(weight)):
+    for rule in (rule_of(tie) for weight in layer.non_trainable_weights for tie in ties_on(weight)):
         yield Finding(
             "lora",
             layer.name,
