@@ -24,7 +24,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links the first mention of each public name in a section: `` `Equal` `` to its entry in the API."""
-    parts = re.split(r"(^```.*?^```$|^#+ .*$)", markdown, flags=re.DOTALL | re.MULTILINE)
+    parts = re.split(r"(^```.*?^```$|^#+ [^\n]*$)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if part.startswith(("```", "#")) else _linked(part) for part in parts)
 
 
