@@ -57,7 +57,9 @@ def filled(text: str, content: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the tables, or only says whether they are in step."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="The tables of docs/performance.md.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description="The tables of docs/performance.md."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of step")
     check = parser.parse_args(arguments).check
     content = json.loads(RESULTS.read_text(encoding="utf-8"))

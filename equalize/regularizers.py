@@ -152,11 +152,13 @@ class MeanL2(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -200,11 +202,14 @@ class PairwiseL2(_Shipped):
         factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`, or the matrix is not symmetric.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, its matrix is not symmetric, or `inner` is
+            not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
         GroupMismatchError: When tied: the matrix is not of the size of the group.
 
     Example:
@@ -251,11 +256,14 @@ class PairwiseNorm(_Shipped):
         factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`, or the matrix is not symmetric.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, its matrix is not symmetric, or `inner` is
+            not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
         GroupMismatchError: When tied: the matrix is not of the size of the group.
 
     Example:
@@ -296,11 +304,13 @@ class PairwiseL1(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ, for each pair.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -333,11 +343,13 @@ class ChainL2(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -374,11 +386,13 @@ class TraceNorm(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
