@@ -6,7 +6,10 @@ from typing import Any
 import griffe
 
 EXAMPLE = re.compile(r"^Example:\n(?P<lines>(?:.+\n?)+)", re.MULTILINE)
-NAME = re.compile(r"(?<!\[)`(?P<shown>(?:equalize\.)?(?P<name>GroupRegistry(?:\.\w+)?)|equalize\.(?:\w+\.\w+|[A-Z]\w+|share|relation))`")
+NAME = re.compile(
+    r"(?<!\[)`(?P<shown>(?:equalize\.)?(?P<name>GroupRegistry(?:\.\w+)?)|"
+    r"equalize\.(?:\w+\.\w+|[A-Z]\w+|share|relation))`"
+)
 
 
 class Docstrings(griffe.Extension):
