@@ -281,8 +281,8 @@ class ProximalPairwiseL1(GroupConstraint):
     The proximal step of `PairwiseL1`, argmin over p of ½·Σ_i ‖w_i − p_i‖² + factor·Σ_{i<j} ‖p_i − p_j‖₁, after every
     optimizer step. In each coordinate every member is pulled towards each other one by `factor`, and members that meet
     are equal from then on, bit for bit, as long as the optimizer drives them apart by less. The penalty
-    `equalize.regularizers.PairwiseL1` has the same minimizer, and under a plain optimizer its members hop about it.
-    `GroupRegistry.split` makes hard groups of what is equal.
+    `equalize.regularizers.PairwiseL1` has the same minimizer, but under a plain optimizer its members oscillate around
+    it. `GroupRegistry.split` makes hard groups of members that are equal.
 
     With SGD at the learning rate η and `factor` η·λ this is proximal gradient descent on a loss plus
     `PairwiseL1(factor=λ)`. It costs n² operations for each coordinate, and the memory of a few groups.

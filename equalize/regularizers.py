@@ -246,8 +246,8 @@ class PairwiseNorm(_Shipped):
 
     If two members are equal, the pair pulls neither of them (the subgradient 0), so nothing is divided by zero. In
     float32 a difference below 1e-29 of the largest entry of the group counts as zero. Steps along a subgradient come
-    near to equality and then hop about it, by about learning rate times factor. Let the learning rate fall, and compare
-    `registry.spread()` with a tolerance.
+    near to equality and then oscillate around it, by about learning rate times factor. Let the learning rate fall, and
+    compare `registry.spread()` with a tolerance.
 
     It costs O(n²) time for a group of n, since every pair has a distance of its own, and O(n) memory.
 
@@ -299,7 +299,7 @@ class PairwiseL1(_Shipped):
     In each entry a member is pulled by the number of members above it less the number below it. Groups of up to 64
     are compared pair by pair, in O(n²) time for a group of n; larger ones are sorted, in O(n log n). Both take O(n)
     memory. Equal entries do not pull each other (the subgradient 0). Steps along a subgradient come near to equality
-    and then hop about it, by about learning rate times factor times n.
+    and then oscillate around it, by about learning rate times factor times n.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
