@@ -35,27 +35,26 @@ __all__ = ["FactorSchedule", "PeriodicSync", "TieMonitor", "TieSchedule", "TiedC
 
 
 class TieMonitor(keras.callbacks.Callback):
-    """Logs how far apart the members of each group are, and makes hard groups equal when training has ended.
+    """Logs how far apart the members of each group are, and makes hard groups equal when training ends.
 
-    Every epoch the spread of each group goes into the logs as `spread/<name of the group>`, for hard, partial and
-    soft groups alike. `History` and the progress bar show it always. Callbacks see each other's entries in the order
-    of the list, so those that read the spread (`CSVLogger`, `TensorBoard`, `EarlyStopping(monitor="spread/...")`,
-    `ModelCheckpoint(monitor="spread/...")`) must come after the monitor.
+    After every epoch the logs hold the spread of each group, hard, partial or soft, as `spread/<name of the group>`.
+    `History` and the progress bar always show it. Callbacks see each other's entries in the order of the list, so put
+    those that read the spread (`CSVLogger`, `TensorBoard`, `EarlyStopping(monitor="spread/...")`,
+    `ModelCheckpoint(monitor="spread/...")`) after the monitor.
 
-    An optimizer with `use_ema=True` averages the weights *before* each projection and writes the averages over the
-    model when `fit` ends: hard ties come out of it broken. The projection is linear, so the mean of the averages is
-    the average of the means, and projecting once more is exact. That is the repair. It takes place when training
-    ends, after Keras wrote the averages; during training nothing is written. A callback that writes weights when
-    training ends (`EarlyStopping(restore_best_weights=True)`) and took them from averages, after `SwapEMAWeights`,
-    must come before the monitor. Files that `ModelCheckpoint` writes of swapped weights hold the averages as they
-    are; link what is loaded from them with `initial="mean"`.
+    An optimizer with `use_ema=True` averages the weights *before* each projection, and writes the averages over the
+    model when `fit` ends. That breaks hard ties. The monitor repairs them: the projection is linear, so the mean of the
+    averages is the average of the means, and projecting once more is exact. It does so when training ends, after Keras
+    wrote the averages, and writes nothing during training. If a callback restores averaged weights when training ends
+    (`EarlyStopping(restore_best_weights=True)` after `SwapEMAWeights`), put it before the monitor. Files that
+    `ModelCheckpoint` writes of swapped weights hold the averages as they are; link the loaded model with
+    `initial="mean"`.
 
-    Under `equalize.optimizers.TiedOptimizer` averages end equal by themselves. `SwapEMAWeights` swaps one member of
-    each group there, and the monitor gives the others the same, for which it must come after it in the list of
-    callbacks.
+    Under `equalize.optimizers.TiedOptimizer` averages end equal by themselves. But `SwapEMAWeights` swaps one member of
+    each group there, and the monitor gives the others the same value. So put the monitor after it.
 
-    Averages of a kernel that `equalize.constraints.Invariant` keeps are not invariant, for the same reason, and the
-    same repair is exact. It is made for all such kernels of the model, tied or not; a registry may be empty for that.
+    The averages of a kernel with `equalize.constraints.Invariant` are not invariant, for the same reason, and the same
+    repair is exact. The monitor makes it for all such kernels of the model, tied or not, even with an empty registry.
 
     Partial and soft groups are only logged. A group with an anchor takes the anchor's value.
 
@@ -291,15 +290,14 @@ def _running_callbacks() -> list[keras.callbacks.Callback]:
 class FactorSchedule(keras.callbacks.Callback):
     """Changes the factor of soft groups, or the rate of partial ones, from epoch to epoch.
 
-    Tying little at first and more later lets members find their own way before they meet; the other way round, they
-    start as one and part. At the beginning of every epoch `schedule(epoch)` becomes the `factor` of the groups' rules,
-    or the `rate` of those tied by `equalize.constraints.Equal`; it is logged as `factor/<name of the group>`.
+    Tie little at first and more later, and members find their own way before they meet. Or start tied and let them
+    part. At the beginning of every epoch, `schedule(epoch)` becomes the `factor` of the groups' rules, or the `rate` of
+    those tied by `equalize.constraints.Equal`. It is logged as `factor/<name of the group>`.
 
     On TensorFlow the compiled step reads the number from a variable, and on PyTorch from the rule, so a change costs
-    nothing. JAX compiles the number into the step: every change there recompiles the step, and a schedule that
-    changes in every epoch costs a compilation an epoch. A rate that comes to 1.0, where members become bitwise equal,
-    or leaves it, has the step retraced on TensorFlow, too. The last number stays with the group; layers that
-    declare a rule keep that one in their configs.
+    nothing. JAX compiles the number into the step, so a schedule that changes in every epoch costs a compilation an
+    epoch. A rate that reaches or leaves 1.0, where members become bitwise equal, retraces the step on TensorFlow, too.
+    The last number stays with the group. The configs of layers that declare a rule keep the number that they had.
 
     Args:
         registry: The `equalize.GroupRegistry` that the model is linked by.
@@ -485,18 +483,18 @@ def _retrace_groups(groups: Sequence[TiedGroup]) -> None:
 class PeriodicSync(keras.callbacks.Callback):
     """Makes the members of groups equal after every n-th step, and leaves them alone in between.
 
-    Local SGD: replicas that are trained on different data agree now and then, to the mean of what they have become, as
-    federated averaging does. The mean is that of the weights that `GroupRegistry.tie` was given. With an outer
-    optimizer the change of the mean since the last time counts as the gradient of what they agree on, and the outer
-    optimizer takes a step: with Nesterov's momentum that is DiLoCo.
+    Local SGD: replicas that train on different data become equal now and then, to their mean, as in federated
+    averaging. The `weights` of `GroupRegistry.tie` say how much each member counts. With an outer optimizer, the change
+    of the mean since the last time counts as a gradient, and the outer optimizer takes a step. With Nesterov's momentum
+    that is DiLoCo.
 
-    Members are equal, bit for bit, after the steps that it synchronizes, and not after others: when training ends
-    between two, call `registry.sync("mean")`. What `equalize.constraints.Follow` has follow takes its step here in
-    place of the optimizer's; on JAX, where an optimizer moves only what it trains, that is the way.
+    Members are equal, bit for bit, after the steps that it synchronizes, and not after others. If training ends between
+    two, call `registry.sync("mean", name)`. Followers (`equalize.constraints.Follow`) move here instead of in the
+    optimizer's step. On JAX, where an optimizer moves only what it trains, that is the only way.
 
-    Steps are those of `fit`, counted over all its epochs: batches, each with one call of the optimizer. Where several
-    run at once (`steps_per_execution`), members are synchronized after those among which the step was. The outer
-    optimizer's state lives with this object and is in no file of the model.
+    A step is a batch of `fit`, counted over all its epochs. If several run at once (`steps_per_execution`), members are
+    synchronized after the execution that contains the n-th step. The outer optimizer's state lives with this object. No
+    file of the model holds it.
 
     Args:
         registry: The `equalize.GroupRegistry` that has the groups.
@@ -676,9 +674,8 @@ def _running_fits() -> Iterator[list[keras.callbacks.Callback]]:
 class TiedCheckpoint(keras.callbacks.ModelCheckpoint):
     """Keras's `ModelCheckpoint`, with files as `equalize.saving` writes them.
 
-    Equal arrays are stored once, the ties travel with the model, and a file is replaced in one step: a run that is
-    killed while it writes leaves the last one whole. `equalize.saving.load_model` reads what is saved, and so does
-    Keras.
+    Equal arrays are stored once, the ties travel with the model, and a file is replaced in one step. If the process
+    dies during a write, the last file is whole. `equalize.saving.load_model` reads the files, and so does Keras.
 
     Args:
         filepath: As `keras.callbacks.ModelCheckpoint` takes it, ending in `.keras`, or in `.weights.h5` with

@@ -116,27 +116,25 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     Averaging is not sharing: under `equalize.constraints.Equal` alone every member has slots of its own, and with
     Adam the mean of n updates is not the update of the mean. This optimizer sums the members' gradients, which is the
     gradient of one shared variable, lets the inner optimizer update one member of each group, and copies the result
-    to the others. From an equal start the run is that of a model that shares the variable, for every Keras optimizer
-    and with whatever the inner optimizer does besides (weight decay, clipping, averages of weights, gradient
-    accumulation, loss scaling). It holds one set of slots a group, so a step costs less than that of the untied model.
+    to the others. From an equal start, the run is that of a model that shares the variable, for every Keras optimizer
+    and its settings: weight decay, clipping, averages of weights, gradient accumulation, loss scaling. It holds one set
+    of slots a group, so a step costs less than that of the untied model.
 
-    Through views the gradient of the common value is the sum of the adjoints, Σ Vᵢᵀ(gᵢ). Missing gradients count as
-    zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not
-    tied, are trained as usual. Entries of a member that a `Slice` leaves free have slots of their own. Slots have the
-    shape of the variable that is updated, so where parts of one variable are tied to each other there is room for all
-    of them, and that of one is used. Members may have several floating dtypes: the widest is updated, and the others
-    show it rounded.
+    Through views, the gradient of the common value is the sum of the adjoints, Σ Vᵢᵀ(gᵢ). Missing gradients count as
+    zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not tied,
+    train as usual. Entries of a member that a `Slice` leaves free have slots of their own. Slots have the shape of the
+    variable that is updated. If parts of one variable are tied to each other, only the slots of one part are used.
+    Members may have several floating dtypes: the widest is updated, and the others show it rounded.
 
-    The learning rate, `iterations`, `variables`, settings such as `use_ema` and `clipnorm`, and what callbacks do with
-    them are the inner optimizer's. What it decides variable by variable, for instance by `exclude_from_weight_decay`
-    or a `MultiOptimizer`, must be the same for all members of a group. What writes variables by its list, as
-    `keras.callbacks.SwapEMAWeights` does, writes one member only: train with `equalize.callbacks.TieMonitor` after
-    it, or call `follow`.
+    The learning rate, `iterations`, `variables` and settings such as `use_ema` and `clipnorm` are the inner
+    optimizer's. What it decides for each variable, for instance by `exclude_from_weight_decay` or a `MultiOptimizer`,
+    must be the same for all members of a group. `keras.callbacks.SwapEMAWeights` writes one member only: put
+    `equalize.callbacks.TieMonitor` after it, or call `follow`.
 
-    An optimizer that is loaded with a model links itself, and its registry is `model.optimizer.registry` (in mixed
-    float16, where Keras wraps the optimizer, `model.optimizer.inner_optimizer.registry`). Where the loaded ties do not
-    fit the model, training is an error that says why. Members are compared when slots are made; if other values are
-    loaded later, call `registry.sync()`, or the first member's are taken.
+    An optimizer that is loaded with a model links itself, and its registry is `model.optimizer.registry`. (In mixed
+    float16, where Keras wraps the optimizer, it is `model.optimizer.inner_optimizer.registry`.) If the loaded ties do
+    not fit the model, training is an error that says why. Members are compared when slots are made. If you load other
+    values later, call `registry.sync()`. Otherwise all take the value of the first member.
 
     Args:
         inner_optimizer: A Keras optimizer, its name or its config. A `LossScaleOptimizer` may be inside or around.
