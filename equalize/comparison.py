@@ -87,7 +87,7 @@ class Comparison:
         at_end = [f"'{row.way}' at {row.strength:g}" for row in self._rows if row.at_end]
         lines = [
             f"{self.metric}: the mean over {counted(seeds, 'seed')} and its standard error; {direction} is better.",
-            f"Marked: the difference to the best, seed by seed, is within {WITHIN:g} of its standard errors.",
+            f"Marked: within {WITHIN:g} standard errors of the best, seed by seed.",
             f"Step: median time of a training step{', over that of untied' if relative else ''}. Free: weights that "
             "training can choose. Spread: how far apart the members came to be.",
             *self._notes,
@@ -176,7 +176,8 @@ def compare(
         ways: What to compare, all of these by default.
 
             - `"untied"`, and `"shared"`: one variable in several layers, for members without views;
-            - `"exact"` (by `equalize.optimizers.TiedOptimizer`) and `"hard"` (by `equalize.constraints.Equal`);
+            - `"exact"` (by `equalize.optimizers.TiedOptimizer`) and `"hard"` (by `equalize.constraints.Equal`). Under
+              SGD the sum of n gradients, which `"shared"` and `"exact"` take, wants a learning rate n times smaller;
             - `"partial"` (by `Equal(rate=...)`) and `"soft"` (by `equalize.regularizers.MeanL2`), over usual strengths;
             - a rule, such as `equalize.regularizers.PairwiseNorm(factor=0.1)`;
             - a function of `(model, registry, members)` that ties, before the model is compiled. What it may return:

@@ -140,7 +140,7 @@ class Task:
         own = given.pop("callbacks", None)
         own = own() if callable(own) else own
         callbacks += own if isinstance(own, (list, tuple)) else [] if own is None else [own]
-        if len(callbacks) > 1 and data.choice is not None:  # they may ask for the results on other data
+        if own and data.choice is not None:  # they may ask for `val_loss`; in all ways, since it draws random numbers
             given["validation_data"] = tuple(data.choice.parts.values())
         keras.utils.set_random_seed(seed)  # ties may draw random numbers, and batches must be the same
         model.fit(**data.train.parts, **given, callbacks=callbacks)

@@ -76,6 +76,7 @@ def _found(given: Any) -> str:
 
 
 def _way(given: Any) -> Way:
+    what: Any
     what, strengths = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if isinstance(what, str):
         arguments.option("ways", what, NAMES)

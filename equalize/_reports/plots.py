@@ -28,6 +28,8 @@ _PAGE = 10.0, 13.0
 """The largest picture in inches: a page."""
 _MAPS = 6
 """So many heat maps are drawn at most, of the ties whose members are farthest apart."""
+_FAR = 30.0
+"""Scores that are so far apart are drawn on a logarithmic scale."""
 _ROWS, _COLUMNS = 40, 48
 """So many ties are drawn at most; so many layers are named."""
 
@@ -154,6 +156,8 @@ def plot_comparison(rows: Sequence[Row], metric: str, path: str | os.PathLike[st
     graded = [row for row in rows if len(row.curve) > 1]
     others = [row for row in rows if len(row.curve) == 1 and not row.problem]
     left, right = ([row for row in others if (row.way == "untied") == first] for first in (True, False))
+    right.sort(key=lambda row: row.way != "hard")
+    scores = [point.mean for row in rows for point in row.curve if math.isfinite(point.mean)]
     columns = max(len(graded), 1)
     figure = figure_of(figsize=(min(1.5 + 4.0 * columns, 3 * _PAGE[0]), 4.5), layout="constrained")
     panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
@@ -167,7 +171,7 @@ def plot_comparison(rows: Sequence[Row], metric: str, path: str | os.PathLike[st
             chosen = [point.strength for point in points].index(row.strength)
             axes.plot(places[chosen], means[chosen], "o", color=_COLORS[0], markersize=9, clip_on=False)
             axes.set_title(row.way, fontsize=9)
-            axes.set_xlabel("strength, on a scale of ranks; the large mark was chosen")
+            axes.set_xlabel("strength (large mark: chosen)")
         for index, each in enumerate([*left, *right]):
             place = index if index < len(left) else index + len(points)
             color = _COLORS[1 + index % (len(_COLORS) - 1)]
@@ -178,6 +182,8 @@ def plot_comparison(rows: Sequence[Row], metric: str, path: str | os.PathLike[st
         axes.set_xticks(range(len(marks)), [_short(mark, 24) for mark in marks], rotation=45, ha="right")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"{metric} (mean ± standard error)")
+    if max(scores) > _FAR * min(scores) > 0.0:
+        panels[0].set_yscale("log")
     figure.savefig(path, dpi=120)
 
 

@@ -108,8 +108,11 @@ def _error(scores: Sequence[float]) -> float:
 
 
 def _close(row: Row, best: Row) -> bool:
-    """Whether the difference to the best, seed by seed, is within its error."""
+    """Whether the difference to the best, seed by seed, is within its error.
+
+    That counts up to what it would be if both erred as the best does: a way that is bad at random is not close to it.
+    """
     if len(row.scores) != len(best.scores):
         return False
     apart = np.subtract(row.scores, best.scores)
-    return bool(abs(np.mean(apart)) <= WITHIN * _error(list(apart)))
+    return bool(abs(np.mean(apart)) <= WITHIN * min(_error(list(apart)), math.sqrt(2) * best.error))

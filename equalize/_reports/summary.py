@@ -98,7 +98,8 @@ def print_comparison(
         strength = "" if row.strength is None else f"{row.strength:g}"
         free = "" if row.free is None else f"{row.free:,}"
         name = rich.markup.escape(row.way)
-        table.add_row(name, strength, score, like * row.close, _step(row.step, relative), free, f"{row.spread:.3g}")
+        spread = "" if math.isnan(row.spread) else f"{row.spread:.3g}"
+        table.add_row(name, strength, score, like * row.close, _step(row.step, relative), free, spread)
     failed = [rich.markup.escape(f"{row.way}: {row.problem}") for row in rows if row.problem]
     _print(lambda console: console.print(table, *failed, *map(rich.markup.escape, closing), sep="\n"), print_fn)
 
