@@ -119,9 +119,7 @@ class Comparison:
             TypeError: `path` is not a path.
             EqualizeError: The name has another ending, or the folder does not exist.
         """
-        name = arguments.file("path", path, [".json", ".csv"])
-        if not os.path.isdir(os.path.dirname(name) or "."):
-            raise EqualizeError(f"`path` must be in a folder that exists. Received: {name!r}.")
+        name = _checked_file(path, [".json", ".csv"])
         records = [plain(record) for record in self.records]
         with open(name, "w", encoding="utf-8", newline="") as file:
             if name.endswith(".json"):
@@ -194,8 +192,9 @@ def compare(
         seeds: How many seeds, from 0, or a list of them.
         metric: The name of the result of `model.evaluate` to compare.
         mode: `"min"` or `"max"`, for the better results; `"auto"` knows by the name of the metric.
-        path: A file that keeps finished runs. After an interruption, the same call goes on; ways, strengths and seeds
-            may be added. A function among the ways is known by its name, and one that makes models by their weights.
+        path: A file ending in `.jsonl` that keeps finished runs. After an interruption, the same call goes on. Ways,
+            strengths and seeds may be added. A function among the ways is known by its name, and one that makes models
+            by their weights.
 
     Returns:
         The `Comparison`.
@@ -225,7 +224,7 @@ def compare(
     direction = _direction(arguments.text("metric", metric, "the name of a result"), mode)
     numbers = _checked_seeds(seeds)
     settings = _checked_fit(fit)
-    file = None if path is None else arguments.file("path", path, [""])
+    file = None if path is None else _checked_file(path, [".jsonl"])
     held = validation(validation_data)
     data, batch = samples("x", x, y, settings.pop("sample_weight", None))
     if batch is not None:
@@ -308,6 +307,13 @@ def _settings(task: Task, data: Samples, held: Samples | None, part: float) -> d
         "metric": task.metric,
         "backend": keras.backend.backend(),
     }
+
+
+def _checked_file(path: Any, endings: Sequence[str]) -> str:
+    name = arguments.file("path", path, endings)
+    if not os.path.isdir(os.path.dirname(name) or "."):
+        raise EqualizeError(f"`path` must be in a folder that exists. Received: {name!r}.")
+    return name
 
 
 def _checked_compile(given: Any) -> Any:

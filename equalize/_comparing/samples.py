@@ -117,20 +117,21 @@ def _of_dataset(name: str, dataset: Any) -> tuple[Samples, int]:
 def _arrays(name: str, part: Any) -> Any:
     """A structure of arrays, each as NumPy has it."""
     try:
-        return keras.tree.map_structure(_array, part)
-    except Exception as error:  # whatever is no array says about being made one
+        arrays, problem = keras.tree.map_structure(_array, part), None
+    except Exception as error:  # a list that holds itself, a tensor without a value
+        arrays, problem = None, error
+    if not all(isinstance(array, np.ndarray) for array in keras.tree.flatten(arrays)):
         raise TypeError(
             f"`{name}` must be arrays, or structures of them, or a `tf.data.Dataset`: `compare` trains many models on "
             f"the same samples, and holds some out. Received: {received(part)}. Read a generator into arrays first."
-        ) from error
+        ) from problem
+    return arrays
 
 
-def _array(part: Any) -> np.ndarray:
-    array = ops.convert_to_numpy(part) if ops.is_tensor(part) else part
-    array = array.to_numpy() if hasattr(array, "to_numpy") else array  # of pandas
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"Expected an array. Received: {received(part)}.")
-    return array
+def _array(part: Any) -> Any:
+    if ops.is_tensor(part):
+        return ops.convert_to_numpy(part)
+    return part.to_numpy() if hasattr(part, "to_numpy") else part  # of pandas
 
 
 def _require_samples(name: str, parts: dict[str, Any]) -> dict[str, Any]:

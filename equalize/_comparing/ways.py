@@ -87,7 +87,8 @@ def _way(given: Any) -> Way:
             raise EqualizeError(f"The way '{what}' has no strength. Expected: `{what!r}` alone. {_found(given)}")
         return Way(what, _WEAK[what], identity=what)
     if isinstance(what, type) and issubclass(what, Rule):
-        what = what()
+        kind: Any = what
+        what = kind()
     if isinstance(what, Rule):
         return _way_of_rule(what, strengths)
     if callable(what) and not isinstance(what, _NO_FUNCTIONS):
