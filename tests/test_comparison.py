@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import math
+import random
 import weakref
 
 import keras
@@ -20,7 +21,7 @@ from equalize.errors import EqualizeError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import MeanL2, PairwiseNorm, TraceNorm
 from equalize.views import Transpose
-from tests.conftest import MODES
+from tests.conftest import BACKEND, MODES
 
 QUICKLY = {"run_eagerly": True}  # each run would compile a model, for a few steps
 
@@ -37,10 +38,10 @@ def heads(tasks=3, inputs=4, **arguments):
 
 def drawn(truths, samples, noise=0.0, seed=0):
     """Inputs and targets of tasks, each with weights of its own."""
-    random = np.random.default_rng(seed)
-    x = [random.normal(size=(samples, len(truth))).astype("float32") for truth in truths]
+    generator = np.random.default_rng(seed)
+    x = [generator.normal(size=(samples, len(truth))).astype("float32") for truth in truths]
     y = [part @ np.reshape(truth, (-1, 1)) for part, truth in zip(x, truths, strict=True)]
-    return x, [part + noise * random.normal(size=part.shape) for part in y]
+    return x, [part + noise * generator.normal(size=part.shape) for part in y]
 
 
 def settings(optimizer="sgd", tasks=3, rate=0.05, **fit):
@@ -93,6 +94,23 @@ def test_all_ways_of_a_seed_have_one_start_and_the_same_batches(mode):
     assert scores["exact", None, 0] != scores["exact", None, 1]
     again = compare(towers, both, *classified(), ways=["exact"], seeds=[1], **arguments)
     assert by_way(again).items() <= scores.items()
+
+
+def test_batches_are_the_same_whatever_random_numbers_a_way_draws():
+    def drawing(model, registry, members):
+        np.random.normal(), random.random(), keras.random.normal((2,))
+        if BACKEND == "torch":
+            import torch
+
+            torch.rand(2)
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            tf.random.normal((2,))
+        return keras.callbacks.TerminateOnNaN()
+
+    scores = by_way(compare(towers, both, *classified(), ways=["untied", drawing], seeds=1, **CLASSIFY))
+    assert scores["untied", None, 0] == scores["drawing", None, 0]
 
 
 def test_a_run_is_that_of_a_loop_by_hand():
