@@ -176,11 +176,12 @@ def compare(
             - `"untied"`, and `"shared"`: one variable in several layers, for members without views;
             - `"exact"` (by `equalize.optimizers.TiedOptimizer`) and `"hard"` (by `equalize.constraints.Equal`). Under
               SGD the sum of n gradients, which `"shared"` and `"exact"` take, wants a learning rate n times smaller;
-            - `"partial"` (by `Equal(rate=...)`) and `"soft"` (by `equalize.regularizers.MeanL2`), over usual strengths;
+            - `"partial"` (by `Equal(rate=...)`, at 0.003, 0.03 and 0.3) and `"soft"` (by `equalize.regularizers.MeanL2`
+              at 0.001, 0.01, 0.1 and 1);
             - a rule, such as `equalize.regularizers.PairwiseNorm(factor=0.1)`;
             - a function of `(model, registry, members)` that ties, before the model is compiled. What it may return:
-              callbacks for `fit`, an optimizer, a function from the optimizer of `compile` to another one, or a list of
-              these;
+              callbacks for `fit`, an optimizer, a function from the optimizer of `compile` to another one (`lambda
+              optimizer: TiedOptimizer(optimizer, registry, reduction="mean")`), or a list of these;
             - a pair of one of these and a list of strengths, as in `("soft", [0.1, 1.0])`. A function gets the
               strength as a fourth argument.
         validation_data: What the ways are compared on, as `model.fit` takes it, but no generator.
