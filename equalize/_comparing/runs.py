@@ -7,7 +7,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import keras
@@ -58,8 +58,10 @@ class Task:
     compile: Mapping[str, Any] | Callable[[keras.Model], Any]
     fit: Mapping[str, Any]
     metric: str
-    _made: "weakref.WeakSet[keras.Model]" = field(default_factory=weakref.WeakSet)
-    _dropped: int = 0
+
+    def __post_init__(self) -> None:
+        self._made: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+        self._dropped = 0
 
     def model(self, seed: int) -> tuple[keras.Model, Members]:
         """A new model from the seed's random values, and what to tie in it.
