@@ -98,7 +98,9 @@ def test_all_ways_of_a_seed_have_one_start_and_the_same_batches(mode):
 
 def test_batches_are_the_same_whatever_random_numbers_a_way_draws():
     def drawing(model, registry, members):
-        np.random.normal(), random.random(), keras.random.normal((2,))
+        np.random.normal()
+        random.random()
+        keras.random.normal((2,))
         if BACKEND == "torch":
             import torch
 
