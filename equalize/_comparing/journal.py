@@ -75,12 +75,21 @@ def plain(record: Record) -> Record:
 
 def described(value: Any) -> Any:
     """A setting as data that are the same in the next process."""
+    try:
+        return _described(value)
+    except Exception:  # a list that holds itself, an object that fails: training will say what is wrong
+        return _kind(value)
+
+
+def _described(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): described(each) for key, each in value.items()}
+        return {str(key): _described(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [described(each) for each in value]
+        return [_described(each) for each in value]
     if isinstance(value, (np.integer, np.floating)):
         return value.item()
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return _kind(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     config = {}
