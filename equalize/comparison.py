@@ -179,6 +179,7 @@ def compare(
             - `"partial"` (by `Equal(rate=...)`, at 0.003, 0.03 and 0.3) and `"soft"` (by `equalize.regularizers.MeanL2`
               at 0.001, 0.01, 0.1 and 1);
             - a rule, such as `equalize.regularizers.PairwiseNorm(factor=0.1)`;
+            - a reduction, such as `equalize.reductions.PCGrad()`: `"exact"` with it;
             - a function of `(model, registry, members)` that ties, before the model is compiled. What it may return:
               callbacks for `fit`, an optimizer, a function from the optimizer of `compile` to another one (`lambda
               optimizer: TiedOptimizer(optimizer, registry, reduction="mean")`), or a list of these;

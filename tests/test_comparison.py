@@ -19,6 +19,7 @@ from equalize.callbacks import PeriodicSync, TieMonitor
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError
 from equalize.optimizers import TiedOptimizer
+from equalize.reductions import MGDA
 from equalize.regularizers import MeanL2, PairwiseNorm, TraceNorm
 from equalize.views import Transpose
 from tests.conftest import BACKEND, MODES
@@ -226,10 +227,11 @@ def test_rules_grids_and_functions_are_ways():
         (PairwiseNorm, [0.5]),
         (TraceNorm(inner="l2"), [0.1, 0.2]),
         PairwiseNorm(factor=np.ones((3, 3))),
+        MGDA(),
     ]
     x, y = drawn(np.eye(4)[:3], 24)
     comparison = compare(*heads(), x, y, ways=ways, seeds=1, **settings())
-    assert [r["error"] for r in comparison.records] == [None] * 10
+    assert [r["error"] for r in comparison.records] == [None] * 11
     scores = by_way(comparison)
     assert scores["synchronized", None, 0] == pytest.approx(scores["hard", None, 0], rel=1e-5)  # SGD, one step each
     assert scores["reduced", 1.0, 0] == pytest.approx(scores["hard", None, 0], rel=1e-5)
@@ -239,7 +241,13 @@ def test_rules_grids_and_functions_are_ways():
     assert any(name.startswith("PairwiseNorm(") for name, *_ in scores)
     assert len([r for r in comparison.records if r["way"].startswith("TraceNorm")]) == 2
     spread = by_way(comparison, "spread")
-    assert spread["hard", None, 0] == spread["reduced", 1.0, 0] == 0.0 < spread["untied", None, 0]
+    assert (
+        spread["hard", None, 0]
+        == spread["reduced", 1.0, 0]
+        == spread["exact, MGDA()", None, 0]
+        == 0.0
+        < spread["untied", None, 0]
+    )
     free = by_way(comparison, "free_weights")
     assert (free["untied", None, 0], free["hard", None, 0], free["MeanL2", 0.3, 0]) == (12, 4, 12)
 

@@ -15,6 +15,7 @@ from equalize._ties.rules import Rule
 from equalize.constraints import Equal
 from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
+from equalize.reductions import Reduction
 from equalize.registry import GroupRegistry
 from equalize.regularizers import MeanL2
 from equalize.sharing import share
@@ -66,8 +67,8 @@ def ways_of(given: Any) -> list[Way]:
 
 
 _EXPECTED = (
-    f"Expected: {', '.join(map(repr, NAMES))}, a rule, a function of `(model, registry, members)`, or a pair of one of "
-    'these and a list of strengths, as in `("soft", [0.1, 1.0])`.'
+    f"Expected: {', '.join(map(repr, NAMES))}, a rule, a reduction, a function of `(model, registry, members)`, or a "
+    'pair of one of these and a list of strengths, as in `("soft", [0.1, 1.0])`.'
 )
 
 
@@ -91,6 +92,8 @@ def _way(given: Any) -> Way:
         what = kind()
     if isinstance(what, Rule):
         return _way_of_rule(what, strengths)
+    if isinstance(what, Reduction) and strengths is None:
+        return Way(f"exact, {what!r}", functools.partial(_exact, reduction=what), identity=repr(what))
     if callable(what) and not isinstance(what, _NO_FUNCTIONS):
         name = getattr(getattr(what, "func", what), "__name__", type(what).__name__)
         if strengths is None:
@@ -147,9 +150,15 @@ def _shared(model: keras.Model, registry: GroupRegistry, members: Members, stren
         share(*given)
 
 
-def _exact(model: keras.Model, registry: GroupRegistry, members: Members, strength: float | None) -> Any:
+def _exact(
+    model: keras.Model,
+    registry: GroupRegistry,
+    members: Members,
+    strength: float | None,
+    reduction: str | Reduction = "sum",
+) -> Any:
     _by_rule(Equal())(model, registry, members, None)
-    return functools.partial(TiedOptimizer, registry=registry)
+    return functools.partial(TiedOptimizer, registry=registry, reduction=reduction)
 
 
 _WEAK: dict[str, Any] = {"untied": _untied, "shared": _shared, "exact": _exact, "hard": _by_rule(Equal())}

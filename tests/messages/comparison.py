@@ -97,8 +97,9 @@ def members_that_are_no_mapping():
 @message(
     """
     `ways` must be a list of ways to tie, or None for all. Expected: 'untied', 'shared', 'exact',
-    'hard', 'partial', 'soft', a rule, a function of `(model, registry, members)`, or a pair of one of
-    these and a list of strengths, as in `("soft", [0.1, 1.0])`. Received: 'soft' of type <class 'str'>.
+    'hard', 'partial', 'soft', a rule, a reduction, a function of `(model, registry, members)`, or a
+    pair of one of these and a list of strengths, as in `("soft", [0.1, 1.0])`. Received: 'soft' of type
+    <class 'str'>.
     """
 )
 def ways_that_are_no_list():
@@ -108,8 +109,8 @@ def ways_that_are_no_list():
 @message(
     """
     `ways` has something that is no way to tie. Expected: 'untied', 'shared', 'exact', 'hard',
-    'partial', 'soft', a rule, a function of `(model, registry, members)`, or a pair of one of these and
-    a list of strengths, as in `("soft", [0.1, 1.0])`. Received: 3 of type <class 'int'>.
+    'partial', 'soft', a rule, a reduction, a function of `(model, registry, members)`, or a pair of one
+    of these and a list of strengths, as in `("soft", [0.1, 1.0])`. Received: 3 of type <class 'int'>.
     """
 )
 def ways_of_another_kind():
