@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import ways
+from benchmarks import colors, ways
 from benchmarks.task import Record, distinct, mean_and_error, where
 
 
@@ -48,6 +48,11 @@ def dots(
     axes.set_yticks(range(len(results)), [known[name].label for name in reversed(results)])
     axes.set_ylim(-0.5, len(results) - 0.3)
     axes.margins(x=0.08)
+
+
+def explain(axes: Any, text: str = "bars: standard error") -> None:
+    """Says in the upper right corner of a picture what error bars are, or more."""
+    axes.set_title(text, loc="right", fontsize=8, color=colors.GREY)
 
 
 def labelled_lines(

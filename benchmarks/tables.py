@@ -1,4 +1,4 @@
-"""Writes the tables of the READMEs from a run's `results.json`: `python -m benchmarks.tables [--check]`.
+"""Writes the tables of docs/performance.md from a run's `results.json`: `python -m benchmarks.tables [--check]`.
 
 Between `<!-- results: NAME -->` and `<!-- end -->` stands the table of a task, or what `run` says about the run. A NAME
 may end in a filter, `speed/chain?n = 4`: then only the lines that contain its text.
@@ -14,7 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "results.json"
-READMES = (HERE / "README.md", HERE.parent / "README.md")
+PAGES = (HERE.parent / "docs" / "performance.md",)
 BLOCK = re.compile(r"(<!-- results: (?P<name>.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,7 +45,7 @@ def table(content: Mapping[str, Any], name: str) -> str:
 
 
 def filled(text: str, content: Mapping[str, Any]) -> str:
-    """The text of a README with what belongs between its markers."""
+    """The text of a page with what belongs between its markers."""
 
     def fill(block: re.Match[str]) -> str:
         name = block["name"]
@@ -57,12 +57,14 @@ def filled(text: str, content: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the tables, or only says whether they are in step."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="The tables of the READMEs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description="The tables of docs/performance.md."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of step")
     check = parser.parse_args(arguments).check
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     stale = []
-    for path in READMES:
+    for path in PAGES:
         text = path.read_text(encoding="utf-8")
         if text != filled(text, content):
             stale.append(path)

@@ -17,7 +17,7 @@ from benchmarks import ways
 from benchmarks.task import Options
 
 WIDTH, HEADS = 32, 2
-CONTEXT, PIECE = 32, 1024
+CONTEXT, BATCH, PIECE = 32, 16, 1024
 
 Part = tuple[np.ndarray, np.ndarray]
 

@@ -1,15 +1,15 @@
 """Callbacks: what happens to ties around a training run, beyond its steps.
 
 `TieMonitor` logs how far apart members are and how far their gradients conflict, and repairs hard ties when training
-ends; `FactorSchedule` changes how strongly a group is tied from epoch to epoch; `PeriodicSync` makes members equal now
-and then; `TiedCheckpoint` keeps files of the model, small and with the ties.
+ends; `FactorSchedule` changes how strongly a group is tied from epoch to epoch; `TieSchedule` has ties end or begin;
+`PeriodicSync` makes members equal now and then; `TiedCheckpoint` keeps files of the model, small and with the ties.
 """
 
 import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,44 +17,44 @@ import numpy as np
 from keras import ops
 
 from equalize import _backend as backend
-from equalize._backend import living, wrapping
+from equalize._backend import keras_private, living, wrapping
 from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._reports import plots
 from equalize._reports.invariance import asymmetry, has_invariant
 from equalize._ties import following
 from equalize._ties.bound import Bound
+from equalize._ties.rules import Rule
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.optimizers import TiedOptimizer
 from equalize.registry import GroupRegistry, checked_registry
 from equalize.saving import save_model, save_weights
 
-__all__ = ["FactorSchedule", "PeriodicSync", "TieMonitor", "TiedCheckpoint"]
+__all__ = ["FactorSchedule", "PeriodicSync", "TieMonitor", "TieSchedule", "TiedCheckpoint"]
 
 
 class TieMonitor(keras.callbacks.Callback):
-    """Logs how far apart the members of each group are, and makes hard groups equal when training has ended.
+    """Logs how far apart the members of each group are, and makes hard groups equal when training ends.
 
-    Every epoch the spread of each group goes into the logs as `spread/<name of the group>`, for hard, partial and
-    soft groups alike. `History` and the progress bar show it always. Callbacks see each other's entries in the order
-    of the list, so those that read the spread (`CSVLogger`, `TensorBoard`, `EarlyStopping(monitor="spread/...")`,
-    `ModelCheckpoint(monitor="spread/...")`) must come after the monitor.
+    After every epoch the logs hold the spread of each group, hard, partial or soft, as `spread/<name of the group>`.
+    `History` and the progress bar always show it. Callbacks see each other's entries in the order of the list, so put
+    those that read the spread (`CSVLogger`, `TensorBoard`, `EarlyStopping(monitor="spread/...")`,
+    `ModelCheckpoint(monitor="spread/...")`) after the monitor.
 
-    An optimizer with `use_ema=True` averages the weights *before* each projection and writes the averages over the
-    model when `fit` ends: hard ties come out of it broken. The projection is linear, so the mean of the averages is
-    the average of the means, and projecting once more is exact. That is the repair. It takes place when training
-    ends, after Keras wrote the averages; during training nothing is written. A callback that writes weights when
-    training ends (`EarlyStopping(restore_best_weights=True)`) and took them from averages, after `SwapEMAWeights`,
-    must come before the monitor. Files that `ModelCheckpoint` writes of swapped weights hold the averages as they
-    are; link what is loaded from them with `initial="mean"`.
+    An optimizer with `use_ema=True` averages the weights *before* each projection, and writes the averages over the
+    model when `fit` ends. That breaks hard ties. The monitor repairs them: the projection is linear, so the mean of the
+    averages is the average of the means, and projecting once more is exact. It does so when training ends, after Keras
+    wrote the averages, and writes nothing during training. If a callback restores averaged weights when training ends
+    (`EarlyStopping(restore_best_weights=True)` after `SwapEMAWeights`), put it before the monitor. Files that
+    `ModelCheckpoint` writes of swapped weights hold the averages as they are; link the loaded model with
+    `initial="mean"`.
 
-    Under `equalize.optimizers.TiedOptimizer` averages end equal by themselves. `SwapEMAWeights` swaps one member of
-    each group there, and the monitor gives the others the same, for which it must come after it in the list of
-    callbacks.
+    Under `equalize.optimizers.TiedOptimizer` averages end equal by themselves. But `SwapEMAWeights` swaps one member of
+    each group there, and the monitor gives the others the same value. So put the monitor after it.
 
-    Averages of a kernel that `equalize.constraints.Invariant` keeps are not invariant, for the same reason, and the
-    same repair is exact. It is made for all such kernels of the model, tied or not; a registry may be empty for that.
+    The averages of a kernel with `equalize.constraints.Invariant` are not invariant, for the same reason, and the same
+    repair is exact. The monitor makes it for all such kernels of the model, tied or not, even with an empty registry.
 
     Partial and soft groups are only logged. A group with an anchor takes the anchor's value.
 
@@ -290,15 +290,14 @@ def _running_callbacks() -> list[keras.callbacks.Callback]:
 class FactorSchedule(keras.callbacks.Callback):
     """Changes the factor of soft groups, or the rate of partial ones, from epoch to epoch.
 
-    Tying little at first and more later lets members find their own way before they meet; the other way round, they
-    start as one and part. At the beginning of every epoch `schedule(epoch)` becomes the `factor` of the groups' rules,
-    or the `rate` of those tied by `equalize.constraints.Equal`; it is logged as `factor/<name of the group>`.
+    Tie little at first and more later, and members find their own way before they meet. Or start tied and let them
+    part. At the beginning of every epoch, `schedule(epoch)` becomes the `factor` of the groups' rules, or the `rate` of
+    those tied by `equalize.constraints.Equal`. It is logged as `factor/<name of the group>`.
 
     On TensorFlow the compiled step reads the number from a variable, and on PyTorch from the rule, so a change costs
-    nothing. JAX compiles the number into the step: every change there recompiles the step, and a schedule that
-    changes in every epoch costs a compilation an epoch. A rate that comes to 1.0, where members become bitwise equal,
-    or leaves it, has the step retraced on TensorFlow, too. The last number stays with the group; layers that
-    declare a rule keep that one in their configs.
+    nothing. JAX compiles the number into the step, so a schedule that changes in every epoch costs a compilation an
+    epoch. A rate that reaches or leaves 1.0, where members become bitwise equal, retraces the step on TensorFlow, too.
+    The last number stays with the group. The configs of layers that declare a rule keep the number that they had.
 
     Args:
         registry: The `equalize.GroupRegistry` that the model is linked by.
@@ -369,6 +368,107 @@ class FactorSchedule(keras.callbacks.Callback):
             logs.update({f"factor/{group.name}": group.tying.strength for group in self._groups()})
 
 
+class TieSchedule(keras.callbacks.Callback):
+    """Changes the rule of a group at given epochs or steps: ties that end, begin or turn soft within one `fit`.
+
+    Share, then unshare: tied at first, weights learn what is common from all gradients; set free later, each goes its
+    own way from there. Under a `TiedOptimizer` the optimizer's slots are handed over at each change, so the next step
+    of Adam is as large as the last one; see `GroupRegistry.replace`. Each change has the step traced once more.
+
+    A run that is resumed goes on: epochs are those of `fit(initial_epoch=...)`, and steps those that the optimizer has
+    taken. Load the model with `equalize.saving.load_model`, which has the ties of the time when it was saved, and give
+    the schedule the registry that comes with it.
+
+    Args:
+        registry: The `equalize.GroupRegistry` that the model is linked by.
+        name: Name of a group, or of a tie of layers, all of whose groups change.
+        rules: For epochs, counted from 0, the rule that holds from then on, without a group name; None for a free
+            group. Before the first of them the group keeps the rule that it has.
+        on_step: Whether the numbers are steps instead, counted from 0 over all epochs.
+
+    Raises:
+        TypeError: `registry` is not a registry, `rules` is not a mapping from integers to rules, or `on_step` is not a
+            bool.
+        EqualizeError: `rules` is empty or has a negative number, or when training starts, the group is unknown.
+        NotLinkedError: Training starts, and the group has no member in the model.
+
+    Example:
+    >>> import keras, numpy as np, equalize
+    >>> inputs = keras.Input((3,))
+    >>> left, right = keras.layers.Dense(2), keras.layers.Dense(2)
+    >>> model = keras.Model(inputs, [left(inputs), right(inputs)])
+    >>> registry = equalize.GroupRegistry()
+    >>> groups = registry.tie("towers", [left, right], equalize.constraints.Equal())
+    >>> model.compile(equalize.optimizers.TiedOptimizer("adam", registry), ["mse", "mse"])
+    >>> schedule = equalize.callbacks.TieSchedule(registry, "towers", {0: equalize.constraints.Equal(), 5: None})
+    >>> x, y = np.ones((8, 3)), [np.ones((8, 2)), np.zeros((8, 2))]
+    >>> history = model.fit(x, y, epochs=5, verbose=0, callbacks=[schedule])
+    >>> equalize.relation(left.kernel, right.kernel)
+    'equal'
+    >>> history = model.fit(x, y, initial_epoch=5, epochs=6, verbose=0, callbacks=[schedule])
+    >>> equalize.relation(left.kernel, right.kernel)
+    'different'
+
+    Reference:
+        Yang et al., Speeding up deep model training by sharing weights and then unsharing (2021).
+    """
+
+    def __init__(self, registry: GroupRegistry, name: str, rules: Mapping[int, Rule | None], *, on_step: bool = False):
+        super().__init__()
+        self.registry = checked_registry(registry)
+        self.name = arguments.text("name", name, "the name of a group")
+        self.on_step = arguments.flag("on_step", on_step)
+        if not isinstance(rules, Mapping) or not all(isinstance(rule, Rule | None) for rule in rules.values()):
+            raise TypeError(f"`rules` must be a mapping from integers to rules, or None. Received: {received(rules)}.")
+        if not rules:
+            raise EqualizeError(f"`rules` must have at least one rule. Received: {received(rules)}.")
+        self.rules = {arguments.integer("rules", start, low=0): rule for start, rule in rules.items()}
+        self._due: int | None = None
+        self._first = self._steps = self._before = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        groups = self._groups()
+        if not _has_member(self.model, groups):
+            raise NotLinkedError(
+                f"TieSchedule has nothing to change in the model '{self.model.name}': group '{self.name}' has no "
+                "member there. Expected: the registry that this model is linked by."
+            )
+        self._due, self._steps = None, 0
+        self._first = int(backend.array(keras_private.steps_taken(wrapping.parts(self.model.optimizer)[0][-1]).value))
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._before = self._steps
+        if not self.on_step:
+            self._change(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self.on_step:
+            self._change(self._first + self._before + batch)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._steps = self._before + batch + 1
+
+    def _change(self, now: int) -> None:
+        """Gives the group the rule that holds now, unless it has it."""
+        due = max((start for start in self.rules if start <= now), default=None)
+        if due == self._due:
+            return
+        self._due = due
+        rule = self.rules[due]
+        if all(_described(group.rule) == _described(rule) for group in self._groups()):
+            return
+        if hasattr(self.model, "jax_state_sync"):
+            self.model.jax_state_sync()
+        self.registry.replace(self.name, rule)
+
+    def _groups(self) -> list[TiedGroup]:
+        return self.registry.select([self.name], statistics=False)
+
+
+def _described(rule: Rule | None) -> str:
+    return "" if rule is None else rule.describe()
+
+
 def _has_member(model: keras.Model, groups: Iterable[TiedGroup]) -> bool:
     """Whether a model holds a member of one of the groups."""
     return bool(living.holding([model], [member.variable for group in groups for member in group.members]))
@@ -383,18 +483,18 @@ def _retrace_groups(groups: Sequence[TiedGroup]) -> None:
 class PeriodicSync(keras.callbacks.Callback):
     """Makes the members of groups equal after every n-th step, and leaves them alone in between.
 
-    Local SGD: replicas that are trained on different data agree now and then, to the mean of what they have become, as
-    federated averaging does. The mean is that of the weights that `GroupRegistry.tie` was given. With an outer
-    optimizer the change of the mean since the last time counts as the gradient of what they agree on, and the outer
-    optimizer takes a step: with Nesterov's momentum that is DiLoCo.
+    Local SGD: replicas that train on different data become equal now and then, to their mean, as in federated
+    averaging. The `weights` of `GroupRegistry.tie` say how much each member counts. With an outer optimizer, the change
+    of the mean since the last time counts as a gradient, and the outer optimizer takes a step. With Nesterov's momentum
+    that is DiLoCo.
 
-    Members are equal, bit for bit, after the steps that it synchronizes, and not after others: when training ends
-    between two, call `registry.sync("mean")`. What `equalize.constraints.Follow` has follow takes its step here in
-    place of the optimizer's; on JAX, where an optimizer moves only what it trains, that is the way.
+    Members are equal, bit for bit, after the steps that it synchronizes, and not after others. If training ends between
+    two, call `registry.sync("mean", name)`. Followers (`equalize.constraints.Follow`) move here instead of in the
+    optimizer's step. On JAX, where an optimizer moves only what it trains, that is the only way.
 
-    Steps are those of `fit`, counted over all its epochs: batches, each with one call of the optimizer. Where several
-    run at once (`steps_per_execution`), members are synchronized after those among which the step was. The outer
-    optimizer's state lives with this object and is in no file of the model.
+    A step is a batch of `fit`, counted over all its epochs. If several run at once (`steps_per_execution`), members are
+    synchronized after the execution that contains the n-th step. The outer optimizer's state lives with this object. No
+    file of the model holds it.
 
     Args:
         registry: The `equalize.GroupRegistry` that has the groups.
@@ -574,9 +674,8 @@ def _running_fits() -> Iterator[list[keras.callbacks.Callback]]:
 class TiedCheckpoint(keras.callbacks.ModelCheckpoint):
     """Keras's `ModelCheckpoint`, with files as `equalize.saving` writes them.
 
-    Equal arrays are stored once, the ties travel with the model, and a file is replaced in one step: a run that is
-    killed while it writes leaves the last one whole. `equalize.saving.load_model` reads what is saved, and so does
-    Keras.
+    Equal arrays are stored once, the ties travel with the model, and a file is replaced in one step. If the process
+    dies during a write, the last file is whole. `equalize.saving.load_model` reads the files, and so does Keras.
 
     Args:
         filepath: As `keras.callbacks.ModelCheckpoint` takes it, ending in `.keras`, or in `.weights.h5` with

@@ -28,12 +28,12 @@ __all__ = ["Equal", "Follow", "GroupConstraint", "Invariant", "ProximalPairwiseL
 class GroupConstraint(rules.Rule, keras.constraints.Constraint):
     """Base of the constraints that tie: write `project`, and the rest comes with it.
 
-    Keras calls the constraint of one variable at a time. Here the first call of a step projects all members, in one
-    go. Linking, views, saving, `TieMonitor` and distribution work as for `Equal`, which is written on this class.
+    Keras calls the constraint of one variable at a time. Here the first call of a step projects all members at once.
+    Linking, views, saving, `TieMonitor` and distribution work as for `Equal`, which is written on this class.
     `GroupRegistry.check` compares the members with their own projection, up to rounding.
 
-    A subclass with arguments of its own passes `group`, `view` and `inner` on, and adds the others to `get_config`.
-    Register it with Keras to save and load it. `same_shape = False` in the class admits members of unlike shapes; these
+    A subclass with its own arguments passes `group`, `view` and `inner` on, and adds the others to `get_config`.
+    Register it with Keras to save and load it. `same_shape = False` in the class admits members of unlike shapes. They
     are projected once when they are tied, and `initial` has no meaning for them.
 
     Args:
@@ -106,13 +106,13 @@ class GroupConstraint(rules.Rule, keras.constraints.Constraint):
 class Equal(GroupConstraint):
     """Keeps the variables of a group equal: after every optimizer step each becomes the group's mean.
 
-    Averaging is not sharing. Every member is updated from its own gradient, with its own optimizer slots, and then
-    all become the mean: the orthogonal projection argmin over p of Σ weight_i · ‖w_i − p‖². With SGD that is one
-    shared variable at the learning rate divided by the number of members; with Adam it is something else, since
-    each member has its own moments. `equalize.optimizers.TiedOptimizer` gives such a group the numbers of sharing.
+    Averaging is not sharing. Every member takes its own optimizer step, with its own slots, and then all become the
+    mean: the orthogonal projection argmin over p of Σ weight_i · ‖w_i − p‖². With SGD that is one shared variable at
+    the learning rate divided by the number of members. With Adam it is something else, since each member has its own
+    moments. `equalize.optimizers.TiedOptimizer` gives such a group the numbers of sharing.
 
-    A constraint alone knows nothing of the others, so `equalize.GroupRegistry().link(model)` must find the members
-    before training. A member that is not trainable is an anchor: it stays, and the others take its value.
+    A constraint knows only its own variable, so call `equalize.GroupRegistry().link(model)` before training to find the
+    members. A member that is not trainable is an anchor: it stays, and the others take its value.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
@@ -123,9 +123,9 @@ class Equal(GroupConstraint):
             optimizer rescales it.
         weight: The member's positive weight in the mean.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
-        inner: A Keras constraint for the common value, as an object, a config or a name. For a convex one the
-            result is the exact projection onto "all equal and each satisfies `inner`"; for another, such as
-            `UnitNorm`, it is `inner` of the mean and no more. Or another rule, for another part of the variable: rules
+        inner: A Keras constraint for the common value, as an object, a config or a name. If it is convex, the result
+            is the exact projection onto "all equal and each satisfies `inner`". Otherwise, as for `UnitNorm`, the
+            result is just `inner` of the mean. It can also be another rule, for another part of the variable: rules
             with views that do not overlap go one inside the other.
 
     Raises:
@@ -193,32 +193,31 @@ class Equal(GroupConstraint):
 
 @keras.saving.register_keras_serializable(package="equalize")
 class Follow(GroupConstraint):
-    """Has the first variable of a group lead and the others follow: `w ← w + rate·(leader − w)`.
+    """Makes the first variable of a group lead and the others follow: `w ← w + rate·(leader − w)`.
 
-    After every optimizer step the others move towards the leader, which is never changed. So they become its
-    exponential moving average: the teacher of a mean teacher, the target of BYOL, the momentum encoder of MoCo, the
-    target network of Q-learning. `Equal` pulls both ways, so it is something else: with `teacher.trainable = False` it
-    pulls the student to the teacher, which stays.
+    After every optimizer step the others move towards the leader, which never changes. So they become its exponential
+    moving average: the teacher of a mean teacher, the target of BYOL, the momentum encoder of MoCo, the target network
+    of Q-learning. `Equal` pulls both ways, so it does something else: with `teacher.trainable = False` it pulls the
+    student to the teacher, and the teacher stays.
 
-    What follows need not be trainable, need not get gradients and need not be in the model that is trained. Leave it
-    out of the training: `teacher.trainable = False`. It starts where it is; `registry.sync("first", name)` makes it a
-    copy of the leader. A step of gradient accumulation is one step, and one that loss scaling skips is none. A leader
-    that is in a hard group as well is followed as that group has it.
+    A follower need not be trainable, get gradients or be in the model that you train. Leave it out of the training:
+    `teacher.trainable = False`. It starts where it is; `registry.sync("first", name)` makes it a copy of the leader.
+    Under gradient accumulation, followers move when the optimizer updates. A step that loss scaling skips does not
+    count. If the leader is also in a hard group, its followers follow the value that the group gives it.
 
-    On JAX an optimizer changes only what it trains, so members that are not trainable follow by
+    On JAX an optimizer changes only what it trains, so followers that are not trainable need
     `equalize.callbacks.PeriodicSync(registry, every=1)` in `fit`.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         rate: How far each member moves towards the leader, in [0, 1]: 1 copies it, 0 leaves the members where they
             are. With the decay τ of an average it is 1 − τ. `equalize.callbacks.FactorSchedule` changes it.
-        every: Members follow at every n-th step only. With `rate=1.0` that is the hard update of a target
-            network.
+        every: Members follow at every n-th step only. With `rate=1.0` this is the hard update of a target network.
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
 
     Raises:
-        EqualizeError: `group` is empty, or `rate` or `every` is out of range; in training on JAX: what follows is not
-            among what the optimizer trains.
+        EqualizeError: `group` is empty, or `rate` or `every` is out of range; in training on JAX: the optimizer does
+            not train a follower.
         TypeError: An argument is of the wrong type.
         NotLinkedError: Training starts and no registry has linked the model.
 
@@ -303,14 +302,14 @@ class ProximalPairwiseL1(_Proximal):
     The proximal step of `PairwiseL1`, argmin over p of ½·Σ_i ‖w_i − p_i‖² + factor·Σ_{i<j} ‖p_i − p_j‖₁, after every
     optimizer step. In each coordinate every member is pulled towards each other one by `factor`, and members that meet
     are equal from then on, bit for bit, as long as the optimizer drives them apart by less. The penalty
-    `equalize.regularizers.PairwiseL1` has the same minimizer, and under a plain optimizer its members hop about it.
-    `GroupRegistry.split` makes hard groups of what is equal.
+    `equalize.regularizers.PairwiseL1` has the same minimizer, but under a plain optimizer its members oscillate around
+    it. `GroupRegistry.split` makes hard groups of members that are equal.
 
     With SGD at the learning rate η and `factor` η·λ this is proximal gradient descent on a loss plus
     `PairwiseL1(factor=λ)`. It costs n² operations for each coordinate, and the memory of a few groups.
 
-    A member that does not move stays, and the others move as if it did too. Steps of gradient accumulation that do not
-    update count as steps. `registry.spread()` is how far members are apart.
+    An anchor stays, and the others move as if it moved too. Under gradient accumulation every micro-step counts as a
+    step. `registry.spread()` tells how far apart the members are.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
@@ -410,8 +409,8 @@ class Invariant(keras.constraints.Constraint):
         views: The views of the group, with or without the one that changes nothing. Together they must form a finite
             group: each followed by each other must be one of them. For kernels under the four rotations these are
             `[Rotate90(1), Rotate90(2), Rotate90(3)]`; for antisymmetric ones `[Chain(Flip(0), Scale(-1))]`.
-        inner: A Keras constraint for the invariant value, as an object, a config or a name. It should itself treat
-            the entries alike, as `MaxNorm` over the turned axes does, or the result is not invariant.
+        inner: A Keras constraint for the invariant value, as an object, a config or a name. It must treat the entries
+            alike, as `MaxNorm` over the turned axes does. Otherwise the result is not invariant.
 
     Raises:
         EqualizeError: No view is given; or, when the constraint meets its variable, the views do not form a finite

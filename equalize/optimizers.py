@@ -1,6 +1,7 @@
 """Optimizers that tie: `TiedOptimizer` makes one update for a whole group, from the sum of its members' gradients."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ from equalize._backend.living import objects_of
 from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
 from equalize._linking import validation
+from equalize._ties import slots
 from equalize._ties.bound import group_of, leads, ties_on
 from equalize._ties.following import follow_leaders
 from equalize._ties.member import listing
@@ -114,27 +116,25 @@ class TiedOptimizer(keras.optimizers.Optimizer):
     Averaging is not sharing: under `equalize.constraints.Equal` alone every member has slots of its own, and with
     Adam the mean of n updates is not the update of the mean. This optimizer sums the members' gradients, which is the
     gradient of one shared variable, lets the inner optimizer update one member of each group, and copies the result
-    to the others. From an equal start the run is that of a model that shares the variable, for every Keras optimizer
-    and with whatever the inner optimizer does besides (weight decay, clipping, averages of weights, gradient
-    accumulation, loss scaling). It holds one set of slots a group, so a step costs less than that of the untied model.
+    to the others. From an equal start, the run is that of a model that shares the variable, for every Keras optimizer
+    and its settings: weight decay, clipping, averages of weights, gradient accumulation, loss scaling. It holds one set
+    of slots a group, so a step costs less than that of the untied model.
 
-    Through views the gradient of the common value is the sum of the adjoints, Σ Vᵢᵀ(gᵢ). Missing gradients count as
-    zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not
-    tied, are trained as usual. Entries of a member that a `Slice` leaves free have slots of their own. Slots have the
-    shape of the variable that is updated, so where parts of one variable are tied to each other there is room for all
-    of them, and that of one is used. Members may have several floating dtypes: the widest is updated, and the others
-    show it rounded.
+    Through views, the gradient of the common value is the sum of the adjoints, Σ Vᵢᵀ(gᵢ). Missing gradients count as
+    zero. A group with an anchor stays at the anchor's value. Partial and soft groups, and variables that are not tied,
+    train as usual. Entries of a member that a `Slice` leaves free have slots of their own. Slots have the shape of the
+    variable that is updated. If parts of one variable are tied to each other, only the slots of one part are used.
+    Members may have several floating dtypes: the widest is updated, and the others show it rounded.
 
-    The learning rate, `iterations`, `variables`, settings such as `use_ema` and `clipnorm`, and what callbacks do with
-    them are the inner optimizer's. What it decides variable by variable, for instance by `exclude_from_weight_decay`
-    or a `MultiOptimizer`, must be the same for all members of a group. What writes variables by its list, as
-    `keras.callbacks.SwapEMAWeights` does, writes one member only: train with `equalize.callbacks.TieMonitor` after
-    it, or call `follow`.
+    The learning rate, `iterations`, `variables` and settings such as `use_ema` and `clipnorm` are the inner
+    optimizer's. What it decides for each variable, for instance by `exclude_from_weight_decay` or a `MultiOptimizer`,
+    must be the same for all members of a group. `keras.callbacks.SwapEMAWeights` writes one member only: put
+    `equalize.callbacks.TieMonitor` after it, or call `follow`.
 
-    An optimizer that is loaded with a model links itself, and its registry is `model.optimizer.registry` (in mixed
-    float16, where Keras wraps the optimizer, `model.optimizer.inner_optimizer.registry`). Where the loaded ties do not
-    fit the model, training is an error that says why. Members are compared when slots are made; if other values are
-    loaded later, call `registry.sync()`, or the first member's are taken.
+    An optimizer that is loaded with a model links itself, and its registry is `model.optimizer.registry`. (In mixed
+    float16, where Keras wraps the optimizer, it is `model.optimizer.inner_optimizer.registry`.) If the loaded ties do
+    not fit the model, training is an error that says why. Members are compared when slots are made. If you load other
+    values later, call `registry.sync()`. Otherwise all take the value of the first member.
 
     Args:
         inner_optimizer: A Keras optimizer, its name or its config. A `LossScaleOptimizer` may be inside or around.
@@ -187,6 +187,7 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self._known: frozenset[int] | None = None
         self._leaders: dict[int, int] = {}
         self._loaded = False
+        self._handed_over = False
         self._conflicts: _Conflicts | None = None
         self._problem: EqualizeError | None = None
         registry.optimizers.add(self)
@@ -239,13 +240,82 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         if updates or stale or updated is None:
             self._require_updates(updates)
             updated = self._updated = tuple(updated_indices(updates, len(variables)))
+        self._remember(updates)
+        self.inner_optimizer.build([variables[index] for index in updated])
+        self._built = _Built(variables)
+        self.built = True
+
+    @contextlib.contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """While hard groups end or begin: hands their slots to the members, or the members' to them.
+
+        A first moment of a sum of n gradients is n times that of one, and a second moment n² times. So slots are
+        scaled, by the power of the gradients with which slots of their kind grow, which is measured, and the next step
+        of an optimizer such as Adam is as large as the last one was. Of a group that begins, slots and values are the
+        means of its members'. The inner optimizer stays, with its settings.
+
+        Raises:
+            GroupMismatchError: A group begins, and the inner optimizer treats its members differently.
+            EqualizeError: The weights are in a step of `fit` on JAX; call `model.jax_state_sync()` before.
+        """
+        if not self.built:
+            yield
+            return
+        if any(backend.is_purged(variable) for variable in self._trained):
+            raise EqualizeError(
+                "TiedOptimizer cannot hand slots over: while `fit` runs on JAX they are in the compiled step. "
+                "Expected: a model that has taken its state back. Call `model.jax_state_sync()` first, as "
+                "`equalize.callbacks.TieSchedule` does."
+            )
+        before = self._updates_as_built()
+        yield
+        self._rebuild(before, self._updates(self._trained))
+
+    def _rebuild(self, before: Sequence[SharedUpdate], after: Sequence[SharedUpdate]) -> None:
+        """Has the inner optimizer update what is tied now, with slots from what was tied before."""
+        ended = [update for update in before if update not in after]
+        begun = [update for update in after if update not in before]
+        for update in begun:
+            _require_all_members(update)
+            _require_one_treatment(update, self.inner_optimizer)
+            update.group.sync("mean")
+
+        def source(kind: str, old: Mapping[int, Any], variable: keras.Variable, degree: int) -> Tensor | None:
+            value = old.get(id(variable))
+            for update in ended:
+                for _, member in update.moving if update.leader is not None else ():
+                    leader = update.moving[update.leader][1]
+                    slot = old.get(id(leader.variable))
+                    if member.variable is variable and slot is not None:
+                        common = slots.pulled(leader, slot, degree) / self._size(update) ** degree
+                        value = slots.shown(member, common, degree, value)
+            for update in begun:
+                held = [(member, old.get(id(member.variable))) for _, member in update.moving]
+                known = [slots.pulled(member, slot, degree) for member, slot in held if slot is not None]
+                if known and update.leader is not None and update.moving[update.leader][1].variable is variable:
+                    common = sum(known) / len(known) * self._size(update) ** degree
+                    value = slots.shown(update.moving[update.leader][1], common, degree, value)
+            return None if value is None else backend.tensor(value)
+
+        self._updated = tuple(updated_indices(after, len(self._trained)))
+        self._remember(after)
+        slots.rebuild(self.inner_optimizer, [self._trained[index] for index in self._updated], source)
+        self._built, self._handed_over = _Built(self._trained), True
+
+    def _size(self, update: SharedUpdate) -> float:
+        """How many times the gradient of one use the reduction gives, where all uses have the same."""
+        n = len(update.moving)
+        if isinstance(self.reduction, str):
+            return float({"sum": n, "mean": 1}[self.reduction])
+        ones = ops.ones((n, n), "float32")
+        return float(backend.array(ops.sum(_weights_of(self.reduction, ones, ops.cast(0, "int32")))))
+
+    def _remember(self, updates: Sequence[SharedUpdate]) -> None:
+        """Keeps which groups slots were made for, and which of their members have them."""
         self._known = frozenset(id(update.group) for update in updates) or None
         self._leaders = {
             id(update.group): update.moving[update.leader][0] for update in updates if update.leader is not None
         }
-        self.inner_optimizer.build([variables[index] for index in updated])
-        self._built = _Built(variables)
-        self.built = True
 
     def _checked(self, name: str, variables: Any) -> list[keras.Variable]:
         """Variables to train. TensorFlow's own may be among them: some that are not tied, or the values of Keras's."""
@@ -522,7 +592,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
 
     def _require_updates(self, updates: Sequence[SharedUpdate]) -> None:
         frozen = any(group.hard and all(m.anchor for m in group.members) for group in self.registry.values())
-        if not updates and not frozen:
+        ended = self._handed_over or any(group.rule is None for group in self.registry.values())
+        if not updates and not frozen and not ended:
             raise NotLinkedError(
                 "TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are "
                 f"trained; received {self.registry!r}. Link or tie the model's layers before training: "

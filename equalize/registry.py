@@ -1,5 +1,6 @@
 """The registry: the groups of a model by name, and everything one does with them."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -38,16 +39,16 @@ _INITIAL = ("first", "mean", "strict")
 class GroupRegistry(Mapping[str, TiedGroup]):
     """Links the variables of a model into groups that are kept equal, or close, while the model trains.
 
-    A constraint or a regularizer is called for one variable and knows of no other. The registry is where the others
-    come from: `link` finds the rules that were given to layers, `tie` ties what is already built. After that the
-    model trains with plain Keras; the registry need not be kept, but with it one can look, check and untie.
+    Keras calls a constraint or a regularizer for one variable, which knows of no other. The registry brings the others
+    in: `link` finds the rules that layers declare, and `tie` ties what is already built. After that the model trains
+    with plain Keras. You need not keep the registry, but you need it to look at ties, check them and untie them.
 
-    It is a mapping from a group's name to the `equalize.Group`. It holds variables weakly: when a model is deleted,
-    its groups are gone.
+    A registry is a mapping from a group's name to the `equalize.Group`. It holds variables weakly: when a model is
+    deleted, its groups are gone.
 
     Attributes:
-        monitors: The `equalize.callbacks.TieMonitor`s that look after the groups, as long as they exist.
-        optimizers: The `equalize.optimizers.TiedOptimizer`s that train the groups, likewise.
+        monitors: The living `equalize.callbacks.TieMonitor`s of the groups.
+        optimizers: The living `equalize.optimizers.TiedOptimizer`s that train the groups.
 
     Example:
     >>> import keras, equalize
@@ -68,18 +69,17 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def link(self, *models: keras.Model, initial: str = "first") -> "GroupRegistry":
-        """Finds the rules in built models, checks the groups that they name, and makes hard groups equal.
+        """Finds the rules that layers declare, checks the groups that they name, and makes hard groups equal.
 
-        Nothing is changed before everything is checked. Linking a model again changes nothing. A registry made by
+        It checks everything before it changes anything. Linking a model again changes nothing. A registry made by
         `from_config` also ties what its config says, by the places of variables in the tree of layers.
 
         Args:
-            *models: Built models (or layers). Give several in one call where one group spans models that are
-                trained apart.
+            *models: Built models (or layers). Give several in one call if one group spans models that train apart.
             initial: What hard groups become: `"first"` (the value of the first member, in the order of the model's
                 weights), `"mean"`, or `"strict"` (raise unless they are equal). The mean of n independent random
-                initial values has 1/√n of their standard deviation, so it suits trained weights only. Members that
-                are not trainable prevail over all three. Soft groups are left as they are.
+                initial values has 1/√n of their standard deviation, so `"mean"` suits trained weights only. A member
+                that is not trainable prevails over all three. Soft groups stay as they are.
 
         Returns:
             The registry itself.
@@ -89,6 +89,16 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             GroupMismatchError: A group has one member; shapes, dtypes or rules disagree; a variable is in two hard
                 groups; a group of this name belongs to another model; two frozen members differ.
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
+
+        Example:
+        >>> import keras, equalize
+        >>> inputs = keras.Input((3,))
+        >>> left = keras.layers.Dense(2, kernel_constraint=equalize.constraints.Equal("towers"))
+        >>> right = keras.layers.Dense(2, kernel_constraint=equalize.constraints.Equal("towers"))
+        >>> model = keras.Model(inputs, [left(inputs), right(inputs)])
+        >>> registry = equalize.GroupRegistry().link(model)
+        >>> list(registry), equalize.relation(left.kernel, right.kernel)
+        (['towers'], 'equal')
         """
         arguments.option("initial", initial, _INITIAL)
         _require_values("link")
@@ -136,38 +146,37 @@ class GroupRegistry(Mapping[str, TiedGroup]):
     ) -> TiedGroup | list[TiedGroup]:
         """Ties variables, or layers weight by weight, that are already built.
 
-        What is on a variable already remains in force: its constraint becomes the rule's `inner`, its regularizer is
+        What is on a variable already stays in force: its constraint becomes the rule's `inner`, and its regularizer is
         still added.
 
-        A tie made here is in no layer's config, so a copy of the model does not have it: one that is cloned, pickled,
-        or saved by Keras and loaded trains untied, and nothing can notice. Save with `equalize.saving.save_model`,
-        whose files have the ties; or tie the copy before you train it:
-        `GroupRegistry.from_config(registry.get_config()).link(copy)`. Two kinds of ties do travel: those that layers
-        declare (`kernel_constraint=Equal("towers")`), whose copies raise `NotLinkedError` until they are linked, and
-        those of a `TiedOptimizer`, which is saved with the model and has its registry; its copy links itself.
+        No layer's config holds a tie made here. So a model that is cloned, pickled, or saved by Keras and loaded trains
+        untied, and nothing can notice. Save with `equalize.saving.save_model`, whose files keep the ties, or tie the
+        copy before you train it: `GroupRegistry.from_config(registry.get_config()).link(copy)`. Two kinds of ties
+        travel by themselves: those that layers declare (`kernel_constraint=Equal("towers")`), whose copies raise
+        `NotLinkedError` until they are linked, and those of a `TiedOptimizer`, whose copy links itself.
 
-        Members that have been trained, and differ, lose that with `initial="first"`: a `UserWarning` says so.
+        With `initial="first"`, trained members that differ take the value of the first: a `UserWarning` says so.
 
         Args:
-            name: Name of the group; with layers, the groups are named `name/place of the weight in the layer`.
+            name: Name of the group. With layers, the groups are named `name/place of the weight in the layer`.
             members: Variables and constant arrays, each alone or as a pair with its view
                 (`(decoder.kernel, equalize.views.Transpose())`), or layers (models, nested blocks) of one structure.
             rule: `equalize.constraints.Equal()`, `Follow()` or a regularizer of `equalize.regularizers`, without a
-                group name. Under `Follow` the first member leads. None makes a free group, which ties nothing: it is
-                measured and compared, and synchronized by `sync` or `equalize.callbacks.PeriodicSync`.
-            initial: As in `link`.
-            statistics: Whether the moving statistics of the layers (of `BatchNormalization`, and whatever else that
-                is floating and not trainable they update) are kept equal too, to their mean after every step. Then
-                two hard tied towers are one function. One layer that is called twice updates its statistics twice a
-                step, and here each of two does so once, so they move half as fast. Statistics of frozen layers stay,
-                and the others take them. Without it a hard tie of layers that have some warns, since its members give
-                different results in inference.
-            weights: A positive number for each member, or layer, all 1 by default: how much it counts in the mean
-                that it is tied to, in `sync("mean")` and in the penalties `MeanL2` and `PairwiseL2`. With the numbers
-                of examples that each member was trained on, the mean is that of federated averaging.
+                group name. Under `Follow` the first member leads. None makes a free group, which ties nothing: you can
+                measure it, and `sync` or `equalize.callbacks.PeriodicSync` make it equal now and then.
+            initial: What hard groups become: `"first"`, `"mean"` or `"strict"`, as in `link`.
+            statistics: Whether to keep the moving statistics of the layers equal, too, to their mean after every step:
+                those of `BatchNormalization`, and every other floating weight that the layers update without training
+                it. Then two hard tied towers are one function. One layer that is called twice updates its statistics
+                twice a step; each of two layers does so once, so they move half as fast. Statistics of frozen layers
+                stay, and the others take them. Without it, a hard tie of layers that have statistics warns, since the
+                layers give different results in inference.
+            weights: A positive number for each member or layer, 1 by default: how much it counts in the mean, in
+                `sync("mean")` and in the penalties `MeanL2` and `PairwiseL2`. With the number of examples that each
+                member was trained on, the mean is that of federated averaging.
 
         Returns:
-            The `equalize.Group`, or the list of them where layers were given.
+            The `equalize.Group` of variables; for layers, the list of the groups of their weights.
 
         Raises:
             GroupMismatchError: The name is taken; there are fewer than two members; shapes, dtypes, structures or
@@ -176,6 +185,18 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             TieBrokenError: `initial="strict"` and the members of a hard group are not equal.
             EqualizeError: `weights` are not positive, or not one for each member; or the rule has a weight.
             TypeError: A member is neither a variable, a layer nor an array, or the rule is not a rule.
+
+        Example:
+        >>> import keras, equalize
+        >>> encoder, decoder = keras.layers.Dense(2), keras.layers.Dense(4)
+        >>> model = keras.Sequential([keras.Input((4,)), encoder, decoder])
+        >>> registry = equalize.GroupRegistry()
+        >>> members = [encoder.kernel, (decoder.kernel, equalize.views.Transpose())]
+        >>> registry.tie("autoencoder", members, equalize.constraints.Equal())
+        <Group 'autoencoder': Equal(), 2 members>
+        >>> blocks = [keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)]) for _ in range(3)]
+        >>> [group.name for group in registry.tie("blocks", blocks, equalize.constraints.Equal())]
+        ['blocks/dense/kernel', 'blocks/dense/bias']
         """
         arguments.option("initial", initial, _INITIAL)
         _require_values("tie")
@@ -209,12 +230,13 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return groups if layers else groups[0]
 
     def extend(self, name: str, members: Sequence[Any], *, weights: Sequence[float] | None = None) -> None:
-        """Has members join a group that `tie` made; they take its value, unless another hard group holds theirs.
+        """Adds members to a group that `tie` made; they take its value, unless another hard group holds theirs.
 
         Args:
             name: Name of the group, or of a tie of layers.
-            members: As in `tie`: variables and arrays, or layers of the structure of those that are tied.
-            weights: As in `tie`, for the new members.
+            members: Variables and arrays, each alone or as a pair with its view; or layers of the structure of those
+                that are tied.
+            weights: A positive number for each new member, 1 by default: how much it counts in the mean.
 
         Raises:
             EqualizeError: There is no such group, layers declare it, or `weights` are not as in `tie`.
@@ -249,7 +271,9 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         """Gives a group another rule, to go from a soft tie to a hard one, for instance; or none, to set it free.
 
         Members, views and weights stay as they are, and so do values: what is made hard becomes equal, to its mean, in
-        the next step. The next step of `fit` follows the new rule, also inside a callback; a step that was compiled by
+        the next step. Under a `TiedOptimizer` slots are handed over: what the optimizer knew of the group goes to each
+        member when a hard group ends, and what it knew of the members to the group when one begins, which becomes equal
+        at once. The next step of `fit` follows the new rule, also inside a callback; a step that was compiled by
         hand must be compiled again. Layers that declare a rule keep that one in their configs.
 
         Args:
@@ -280,8 +304,12 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         changes = [planning.plan_replacement(group, rule) for group in groups]
         own = _for_statistics(discovery.required_rule(groups[0].name, rule))
         changes += [planning.plan_replacement(group, own) for group in self._statistics_of(groups)]
-        for apply in changes:
-            apply()
+        with contextlib.ExitStack() as stack:
+            hard = discovery.required_rule(groups[0].name, rule).hard
+            for optimizer in self.optimizers if any(group.hard != hard for group in groups) else ():
+                stack.enter_context(optimizer.handing_over())
+            for apply in changes:
+                apply()
         self._keep_statistics()
         retrace(_variables(groups))
 
@@ -292,11 +320,11 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return [group for group in self.values() if group.of_statistics and group.tie in ties - partly]
 
     def untie(self, *names: str) -> None:
-        """Dissolves groups, all where none is named; the variables keep their values, and what they had before.
+        """Dissolves groups; without names, all. The variables keep their values, and what was on them before.
 
-        What was untied is plain Keras again, config included: layers that declare the rule are left with what it had
-        inside, so the model saves with no mention of `equalize` and loads where `equalize` is not installed. A
-        `TiedOptimizer` is no part of that: compile with another optimizer.
+        What was untied is plain Keras again, config included. A layer that declares the rule keeps only the rule's
+        `inner`, so the model saves with no mention of `equalize` and loads where `equalize` is not installed. If it was
+        compiled with a `TiedOptimizer`, compile it with another optimizer first.
 
         Args:
             *names: Names of groups, or of ties of layers: `untie("blocks")` dissolves every `blocks/...`.
@@ -304,6 +332,16 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         Raises:
             EqualizeError: There is no such group.
             TypeError: A name is not a string.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+        >>> registry.untie("pair")
+        >>> list(registry), equalize.relation(first.kernel, second.kernel)
+        ([], 'equal')
         """
         groups = self.select(names)
         discovery.undeclare(groups)
@@ -314,7 +352,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         retrace(_variables(groups))
 
     def split(self, name: str, *, atol: float) -> list[TiedGroup]:
-        """Has a group that is not hard fall into hard groups, one for each cluster of members that are all but equal.
+        """Splits a group that is not hard into hard groups, one for each cluster of members that are almost equal.
 
         Two members are in one cluster if they lie within `atol` of each other, or a chain of such members leads from
         one to the other (single linkage). Each cluster becomes a hard group of the mean of its members; members alone
@@ -446,11 +484,25 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return kept
 
     def sync(self, method: str = "first", *names: str) -> None:
-        """Makes the named groups equal, soft ones too; without names, every hard group.
+        """Makes the named groups equal, soft and free ones too; without names, every hard group.
 
         Args:
             method: `"first"` (the value of the first member) or `"mean"`. Members that do not move prevail.
             *names: Names of groups, or of ties of layers.
+
+        Raises:
+            EqualizeError: There is no such group, or `method` is unknown.
+            GroupMismatchError: Two members that do not move differ.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.regularizers.MeanL2(factor=0.1))
+        >>> registry.sync("mean", "pair")  # a common start
+        >>> registry.spread()
+        {'pair': 0.0}
         """
         arguments.option("method", method, ("first", "mean"))
         groups = self.select(names)
@@ -465,9 +517,25 @@ class GroupRegistry(Mapping[str, TiedGroup]):
 
         Use it instead of `model.losses`, not beside it: those hold the same penalties, in shares.
 
+        Args:
+            *names: Names of soft groups, or of ties of layers.
+
         Returns:
             A scalar tensor, differentiable in every trainable member, in the widest of the groups' dtypes and at least
             float32. Without soft groups it is 0 in `keras.config.floatx()`.
+
+        Raises:
+            EqualizeError: There is no such group, or it has no penalty.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.regularizers.MeanL2(factor=0.1))
+        >>> penalty = registry.penalty("pair")
+        >>> penalty.shape == (), bool(penalty > 0)
+        (True, True)
         """
         groups = [group for group in self.select(names, statistics=False) if group.penalizes or names]
         for group in groups:
@@ -483,6 +551,23 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         """Projects the named groups, or all, once and now: for a loop whose optimizer knows no constraints.
 
         Call it after each step of a `torch.optim` or `optax` optimizer. Keras's own optimizers do it by themselves.
+
+        Args:
+            *names: Names of groups tied by a constraint, or of ties of layers.
+
+        Raises:
+            EqualizeError: There is no such group, or it cannot be projected.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+        >>> changed = first.kernel.assign(keras.ops.ones((2, 2)))  # what an optimizer of your own does
+        >>> registry.project()
+        >>> equalize.relation(first.kernel, second.kernel)
+        'equal'
         """
         groups = self.select(names)
         for group in groups:
@@ -522,7 +607,19 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         return [entry["name"] for entry in self._pending]
 
     def spread(self) -> dict[str, float]:
-        """The largest entry of max − min over the members of each group: 0.0 where they are equal."""
+        """How far apart the members of each group are: the largest entry of max − min, 0.0 if they are equal.
+
+        Returns:
+            The spread by the group's name.
+
+        Example:
+        >>> import keras, equalize
+        >>> variables = [keras.Variable([0.0, value]) for value in (1.0, 3.0)]
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", variables, equalize.regularizers.MeanL2(factor=0.1))
+        >>> registry.spread()
+        {'pair': 2.0}
+        """
         return {name: group.spread() for name, group in self.items()}
 
     def check(self, atol: float = 0.0) -> None:
@@ -537,6 +634,20 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             TieBrokenError: The members of a hard group are further apart.
             EqualizeError: `atol` is negative or not finite.
             TypeError: `atol` is not a number.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+        >>> registry.check()
+        >>> changed = first.kernel.assign(keras.ops.ones((2, 2)))  # behind the back of the tie
+        >>> try:
+        ...     registry.check()
+        ... except equalize.errors.TieBrokenError as error:
+        ...     print(str(error).startswith("Hard groups that are not equal: 1 of 1"))
+        True
         """
         atol = arguments.number("atol", atol, low=0.0)
         broken = {name: s for name, s in self.spread().items() if self[name].tying.enforced and not s <= atol}
@@ -561,6 +672,20 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             print_fn: Called with the table as plain text of at most 80 columns, for a log; by default it is printed,
                 in color where the terminal has it.
             expand: Whether each group of a tie of layers has a row of its own, with the paths of its members.
+
+        Raises:
+            TypeError: `print_fn` cannot be called, or `expand` is not a bool.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> groups = registry.tie("pair", [first, second], equalize.constraints.Equal())
+        >>> lines = []
+        >>> registry.summary(print_fn=lines.append)  # for instance logging.info
+        >>> "Equal()" in "".join(lines)
+        True
         """
         _require_printer(print_fn)
         arguments.flag("expand", expand)
@@ -607,28 +732,51 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             TypeError: `path` is not a path.
             EqualizeError: The registry has no group, the suffix is another, or the folder does not exist.
             ImportError: matplotlib is not installed; the extra `plot` brings it.
+
+        Example:
+        >>> import importlib.util, os, tempfile, keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> groups = registry.tie("pair", [first, second], equalize.regularizers.MeanL2(factor=0.1))
+        >>> if importlib.util.find_spec("matplotlib"):
+        ...     with tempfile.TemporaryDirectory() as folder:
+        ...         registry.plot(os.path.join(folder, "ties.svg"))
         """
         plots.plot_groups(list(self.values()), path)
 
     def diagnose(self, *models: keras.Model) -> list[Finding]:
         """What may go wrong with the ties though nothing is broken yet, each with a fix.
 
-        Looks at the groups, and at models with their optimizers: averaging of weights without a monitor, of members
-        and of kernels that `Invariant` keeps, clipping by the global norm, weight decay of some members only, partial
-        averaging under gradient accumulation, rules that LoRA or quantization dropped, that were never linked, or
-        that a layer hands to several weights, regularizers of members that differ, members that an optimizer on JAX
-        does not reach, members that no longer exist, hard groups that are not equal, and gradients of tied uses that
-        conflicted in every step of the last epoch that `TieMonitor(registry, gradients=True)` saw.
+        It finds:
+
+        - hard groups that are not equal, and members that no longer exist;
+        - rules that were never linked, that LoRA or quantization dropped, or that a layer hands to several weights;
+        - moving statistics that are not tied, and regularizers that differ between members;
+        - averaging of weights (`use_ema`) without a `TieMonitor`, clipping by the global norm, weight decay of some
+          members only, and partial averaging under gradient accumulation;
+        - frozen teachers that do not follow, and members that an optimizer on JAX does not reach;
+        - gradients of tied uses that conflicted in every step of the last epoch, where a `TieMonitor` saw gradients.
 
         Args:
             *models: The models to look at. Without any it looks at those that were linked and at all that hold a
                 member. Finding these takes a fraction of a second, and misses what `gc.freeze()` has put away.
 
         Returns:
-            A list of findings, empty where there is nothing to say. Print one to read it.
+            A list of findings, empty if there is nothing to say. Print one to read it.
 
         Raises:
             TypeError: One of `models` is not a Keras model.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+        >>> model.compile(keras.optimizers.SGD(0.1, use_ema=True), "mse")
+        >>> [finding.kind for finding in registry.diagnose()]
+        ['ema']
         """
         for model in models:
             if not isinstance(model, keras.Model):
@@ -652,28 +800,26 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         """Is it worth tying? Prints what held-out data say about each group, and returns it.
 
         Train the members free, or softly tied, and give data that they were **not** trained on. For each group, with
-        all others as they are: what the loss would be if its members moved 10, 25, 50 or 100 % of the way to their
-        mean, and which of these is best. Where 100 % is best, tie hard; where a part of the way is, tie softly, or by
-        `Equal(rate=...)`; where 0 % is, leave the members free. Small differences on few data are chance.
+        all others as they are, it computes the loss as if the members moved 0, 10, 25, 50 or 100 % of the way to their
+        mean. If 100 % is best, tie hard. If a part of the way is best, tie softly, or by `Equal(rate=...)`. If 0 % is
+        best, leave the members free. Small differences on few data are chance.
 
-        Training data cannot tell: free members fit them best where they are, whether tying is right or not. Nor can
-        the gradients of members, of which the table has the mean cosine: at the minimum of the loss of tied members
-        they cancel, so they seem to disagree just where tying is right.
+        Training data cannot tell: free members fit them best where they are, whether tying is right or not. The
+        gradients of the members cannot tell either, though the table has their mean cosine. At the minimum of the loss
+        of tied members they cancel, so they seem to disagree exactly where tying is right.
 
-        Members that are equal stay equal, so ask before you tie; to make a group that only measures, tie softly with
-        `factor=0.0`. And only members with one start can be averaged: networks trained from different random values
-        have their hidden units in different orders, and their mean says nothing. Call `registry.sync("first", ...)`
-        with the groups' names before you train.
+        Ask before you tie, since equal members stay equal. A free group, tied with the rule None, only measures. And
+        start the members equal, with `registry.sync("first", ...)` before training: networks trained from different
+        random values have their hidden units in different orders, and their mean says nothing.
 
-        Members move as the group's rule would have them: as views show the common value, by their weights, with the
-        inner constraint of `Equal`, and to the anchor where there is one. Penalties on weights, those of ties and all
-        others, are left out of the loss. The model is left bit for bit as it was. Each group takes five passes over
-        the data; a terminal shows a bar meanwhile.
+        Members move as the group's rule has them: through views, by their weights, with the inner constraint of
+        `Equal`, and to the anchor if there is one. The loss leaves out all penalties on weights. The model is left bit
+        for bit as it was. Each group takes five passes over the data; a terminal shows a bar meanwhile.
 
         Args:
             model: A compiled model that all members belong to.
             x: Inputs that the model was not trained on, an array or a structure of arrays.
-            y: Their targets, likewise.
+            y: Their targets, an array or a structure of arrays.
             names: Names of groups, or of ties of layers; all where none is given.
             batch_size: How many samples to look at in one go.
             print_fn: Called with the table as plain text of at most 80 columns; by default it is printed.
@@ -685,6 +831,20 @@ class GroupRegistry(Mapping[str, TiedGroup]):
             EqualizeError: The model is not compiled or lacks a member, inputs and targets do not hold the same number
                 of samples, at least one, the model cannot compute its loss of them, or `batch_size` is below 1.
             TypeError: An argument is of the wrong type.
+
+        Example:
+        >>> import keras, numpy as np, equalize
+        >>> inputs = keras.Input((1,))
+        >>> heads = [keras.layers.Dense(1, use_bias=False) for _ in range(2)]
+        >>> model = keras.Model(inputs, [head(inputs) for head in heads])
+        >>> for head, value in zip(heads, (0.5, 1.5)):
+        ...     _ = head.kernel.assign([[value]])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("heads", [head.kernel for head in heads], None)
+        >>> model.compile("sgd", ["mse", "mse"])
+        >>> x = np.ones((4, 1))  # both targets are x, so the mean of the heads is right
+        >>> registry.advise(model, x, [x, x], print_fn=lambda text: None)["heads"].best
+        1.0
         """
         _require_printer(print_fn)
         groups = self.select(arguments.names("names", names), statistics=False)
@@ -709,6 +869,20 @@ class GroupRegistry(Mapping[str, TiedGroup]):
 
         A variable is known by its place in the tree of layers of each living model that holds it, since names and
         paths are neither unique nor stable. Ties that layers carry in their own configs are not repeated here.
+
+        Returns:
+            A dictionary for `from_config`.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+        >>> copy = keras.models.clone_model(model)
+        >>> ties = equalize.GroupRegistry.from_config(registry.get_config()).link(copy)
+        >>> list(ties), equalize.relation(copy.layers[0].kernel, copy.layers[1].kernel)
+        (['pair'], 'equal')
         """
         made = group_configs([group for group in self.values() if not group.declared])
         return {"groups": made + copy.deepcopy(self._pending)}
@@ -717,8 +891,21 @@ class GroupRegistry(Mapping[str, TiedGroup]):
     def from_config(cls, config: dict[str, Any]) -> "GroupRegistry":
         """A registry with the ties of a config, which `link(model)` makes for a model of the same structure.
 
+        Args:
+            config: What `get_config` returned.
+
         Raises:
             EqualizeError: The config is truncated, or was changed into something else.
+
+        Example:
+        >>> import keras, equalize
+        >>> first, second = keras.layers.Dense(2), keras.layers.Dense(2)
+        >>> model = keras.Sequential([keras.Input((2,)), first, second])
+        >>> registry = equalize.GroupRegistry()
+        >>> group = registry.tie("pair", [first.kernel, second.kernel], equalize.constraints.Equal())
+        >>> loaded = equalize.GroupRegistry.from_config(registry.get_config())
+        >>> loaded.pending  # until it is linked to a model
+        ['pair']
         """
         registry = cls()
         registry._pending = checked_config(config)

@@ -138,9 +138,9 @@ class MeanL2(_Shipped):
     2·factor·(w_i − mean). `GroupRegistry.penalty()` is the whole penalty, for a loss written by hand.
 
     `equalize.constraints.Equal(rate=r)` after each step is the same pull as a proximal step, taken exactly:
-    `r = 2·η·factor / (1 + 2·η·factor)` for the learning rate η. Take it where the optimizer is Adam or another that
-    rescales gradients, which would rescale this penalty with them; as weight decay was decoupled from Adam in AdamW
-    (Loshchilov and Hutter 2019), so is the pull then. Take `MeanL2` for the minimizer of a loss with a penalty.
+    `r = 2·η·factor / (1 + 2·η·factor)` for the learning rate η. Use it with Adam and other optimizers that rescale
+    gradients, which would rescale this penalty with them. It decouples the pull, as AdamW decouples weight decay
+    (Loshchilov and Hutter 2019). Use `MeanL2` if you want the minimizer of a loss with a penalty.
 
     A constant counts in the mean like any other member. So one variable tied to one array w₀, or to one frozen
     variable, has the mean (w + w₀) / 2 and the penalty ½ · factor · ‖w − w₀‖². With w₀ the pretrained weights that is
@@ -152,11 +152,13 @@ class MeanL2(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -200,11 +202,14 @@ class PairwiseL2(_Shipped):
         factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`, or the matrix is not symmetric.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, its matrix is not symmetric, or `inner` is
+            not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
         GroupMismatchError: When tied: the matrix is not of the size of the group.
 
     Example:
@@ -239,10 +244,10 @@ class PairwiseNorm(_Shipped):
     `factor` the network lasso. Each member is a point that is pulled as a whole; for single weights that agree see
     `PairwiseL1`.
 
-    Where two members are equal the pair pulls neither of them (the subgradient 0), so nothing is ever divided by
-    zero. In float32 a difference counts as none below 1e-29 of the largest entry of the group. Steps along a
-    subgradient come near to equality and then hop about it, by about learning rate times factor: let the learning
-    rate fall, and ask for `registry.spread()` against a tolerance.
+    If two members are equal, the pair pulls neither of them (the subgradient 0), so nothing is divided by zero. In
+    float32 a difference below 1e-29 of the largest entry of the group counts as zero. Steps along a subgradient come
+    near to equality and then oscillate around it, by about learning rate times factor. Let the learning rate fall, and
+    compare `registry.spread()` with a tolerance.
 
     It costs O(n²) time for a group of n, since every pair has a distance of its own, and O(n) memory.
 
@@ -251,11 +256,14 @@ class PairwiseNorm(_Shipped):
         factor: The penalty's non-negative factor λ, for each pair; or a symmetric matrix of them (nested lists or an
             array) with a row and a column for each member, in the order of `registry[name].members`. The diagonal
             does not matter.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`, or the matrix is not symmetric.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, its matrix is not symmetric, or `inner` is
+            not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
         GroupMismatchError: When tied: the matrix is not of the size of the group.
 
     Example:
@@ -284,23 +292,25 @@ class PairwiseNorm(_Shipped):
 class PairwiseL1(_Shipped):
     """Pulls the variables of a group to each other, weight by weight: factor · Σ_{i<j} ‖w_i − w_j‖₁.
 
-    At a finite factor the minimizer has weights in which members agree exactly, in each entry another set of them:
-    the members may differ in a few weights and share all others. For members that agree as a whole or not at all, take
+    At a finite factor, members agree exactly in some of their weights at the minimum, in each entry another set of
+    members: they may differ in a few weights and share all others. For members that agree as a whole or not at all, use
     `PairwiseNorm`.
 
     In each entry a member is pulled by the number of members above it less the number below it. Groups of up to 64
     are compared pair by pair, in O(n²) time for a group of n; larger ones are sorted, in O(n log n). Both take O(n)
     memory. Equal entries do not pull each other (the subgradient 0). Steps along a subgradient come near to equality
-    and then hop about it, by about learning rate times factor times n.
+    and then oscillate around it, by about learning rate times factor times n.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ, for each pair.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -333,11 +343,13 @@ class ChainL2(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize
@@ -363,9 +375,9 @@ class ChainL2(_Shipped):
 class TraceNorm(_Shipped):
     """Keeps the variables of a group in few dimensions: factor · (sum of the singular values of the stacked members).
 
-    It is not about being equal. Each member, flattened, is a row of a matrix, and the penalty is that matrix's trace
-    norm (nuclear norm), the convex stand-in for its rank: members become combinations of a few shared directions,
-    each with coefficients of its own. It also shrinks them, so members that are equal have a penalty too: √n · ‖w‖.
+    It does not make members equal. Each member, flattened, is a row of a matrix, and the penalty is that matrix's trace
+    norm (nuclear norm), the convex stand-in for its rank. Members become combinations of a few shared directions, each
+    with its own coefficients. It also shrinks them, so equal members have a penalty, too: √n · ‖w‖.
 
     The singular values come from the n×n Gram matrix, so a group of n costs O(n²) products of members and no
     decomposition of anything larger than n×n. Singular values below 3e-5 of the largest are taken for rounding and
@@ -374,11 +386,13 @@ class TraceNorm(_Shipped):
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
         factor: The penalty's non-negative factor λ.
-        view: As in `GroupRegularizer`.
-        inner: As in `GroupRegularizer`.
+        view: How the member shows the common value, one of `equalize.views`; None for "as it is".
+        inner: A Keras regularizer of the member that is still added, as an object, a config or a name.
 
     Raises:
-        EqualizeError, TypeError, NotLinkedError: As `GroupRegularizer`.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is not a regularizer.
+        TypeError: An argument is of the wrong type.
+        NotLinkedError: The loss is computed and no registry has linked the model.
 
     Example:
     >>> import keras, equalize

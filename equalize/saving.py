@@ -34,11 +34,11 @@ _PIECE = 2**20  # bytes that are copied at once
 def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: GroupRegistry | None = None) -> None:
     """Saves a model as a standard `.keras` file, with equal arrays stored once and the model's ties.
 
-    Keras loads the file as it loads its own, weights and optimizer alike. `load_model` also ties the model as it was
-    tied, which files of `model.save` lack for ties made with `registry.tie`.
+    Keras loads the file as it loads its own, weights and optimizer alike. `load_model` also restores the ties. Files of
+    `model.save` lack those made with `registry.tie`.
 
-    The file is written beside its place and put there in one step: where the process is killed or the disk is full,
-    the file that was there before is whole.
+    A new file is written beside the old one and replaces it in one step. If the process dies or the disk fills up, the
+    old file is whole.
 
     Args:
         model: A built model.
@@ -78,16 +78,16 @@ def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: G
 def load_model(filepath: str | os.PathLike[str], **kwargs: Any) -> tuple[keras.Model, GroupRegistry]:
     """Loads a model and ties it as it was when it was saved.
 
-    The ties are those that `save_model` wrote, those that layers declare, and those of a `TiedOptimizer`. All are
-    data: nothing in a file is run. A file that `model.save` wrote will do; it has the latter two.
+    It restores the ties that `save_model` wrote, those that layers declare, and those of a `TiedOptimizer`. All are
+    data: nothing in a file is run. A file that `model.save` wrote has the last two kinds.
 
     Args:
         filepath: A file that `save_model` or Keras wrote.
         **kwargs: As `keras.saving.load_model` takes them: `custom_objects`, `compile`, `safe_mode`.
 
     Returns:
-        The model, and the registry that it is linked by; an empty one where nothing is tied. Where the model was
-        compiled with a `TiedOptimizer`, it is that optimizer's registry.
+        The model, and the registry that it is linked by; an empty one if nothing is tied. If the model was compiled
+        with a `TiedOptimizer`, it is that optimizer's registry.
 
     Raises:
         EqualizeError: There is no such file, or the ties in it are damaged.

@@ -345,6 +345,10 @@ CALLS = {
         callbacks.TieMonitor,
         lambda w: {"registry": w.registry, "atol": 0.5, "repair": True, "gradients": False},
     ),
+    "callbacks.TieSchedule": (
+        callbacks.TieSchedule,
+        lambda w: {"registry": w.registry, "name": "soft", "rules": {0: Equal(), 5: None}, "on_step": True},
+    ),
     "callbacks.TiedCheckpoint": (
         callbacks.TiedCheckpoint,
         lambda w: {"filepath": "last.keras", "registry": w.registry},

@@ -1,4 +1,4 @@
-"""What happens when, as the tables of the README say, where no other file tests it."""
+"""What happens when, as the tables of docs/behaviour.md say, where no other file tests it."""
 
 import gc
 
@@ -27,6 +27,14 @@ def test_a_member_of_a_soft_group_without_a_gradient_is_pulled():
     apart = 0.5 * (before[0] - before[1])
     expected = [before[0] - 0.5 * apart, before[1] + 0.5 * apart]
     np.testing.assert_allclose([ops.convert_to_numpy(k.value) for k in kernels(model)], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_soft_group_that_is_frozen_as_a_whole_stays():
+    model = towers(2, regularizer=lambda: MeanL2("soft", 0.25), frozen=(0, 1))
+    registry = equalize.GroupRegistry().link(model)
+    before = [bits(kernel) for kernel in kernels(model)]
+    fit(model, registry)
+    assert [bits(kernel) for kernel in kernels(model)] == before
 
 
 def test_lora_is_refused_or_freezes_what_is_tied():
@@ -204,6 +212,19 @@ def test_the_gradient_of_a_penalty_is_clipped_with_that_of_the_loss():
     after = [ops.convert_to_numpy(kernel.value) for kernel in kernels(model)]
     steps = [np.linalg.norm(now - then) for now, then in zip(after, before, strict=True)]
     np.testing.assert_allclose(steps, 0.125, rtol=1e-4)
+
+
+def test_a_partial_tie_pulls_in_every_micro_step():
+    variables = [keras.Variable([value], name=name) for name, value in (("one", 0.0), ("two", 16.0))]
+    registry = equalize.GroupRegistry()
+    registry.tie("pair", variables, Equal(rate=0.5))
+    optimizer = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+    optimizer.build(variables)
+    spreads = []
+    for _ in range(2):
+        optimizer.apply([ops.zeros((1,)) for _ in variables], variables)
+        spreads.append(registry.spread()["pair"])
+    assert spreads == [8.0, 4.0]
 
 
 def test_decay_of_some_members_is_a_decay_in_between():

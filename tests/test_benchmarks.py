@@ -172,7 +172,7 @@ def results():
     return json.loads(tables.RESULTS.read_text(encoding="utf-8"))
 
 
-def test_the_tables_of_the_readmes_are_those_of_the_results():
+def test_the_tables_of_the_documentation_are_those_of_the_results():
     assert tables.main(["--check"]) == 0
 
 
@@ -190,8 +190,8 @@ def test_the_tables_of_the_results_are_those_of_the_records(results):
 
 
 def test_each_number_of_the_advice_is_in_the_results(results):
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    advice = re.search(r"\n## When to choose which way\n(.*?)(\n## |$)", text, re.DOTALL)
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    advice = re.search(r"\n## What the figures say\n(.*?)(\n## |$)", text, re.DOTALL)
     assert advice
     plain = re.sub(r"`[^`]*`", "", advice[1])
     figures = [figure for figure in numbers_in(plain) if not figure.isdigit() or int(figure) > 16]

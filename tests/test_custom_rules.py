@@ -1,4 +1,4 @@
-"""Custom rules: the recipes of the README, on `GroupConstraint` and `GroupRegularizer`."""
+"""Custom rules, those of docs/custom-rules.md and more, on `GroupConstraint` and `GroupRegularizer`."""
 
 import itertools
 

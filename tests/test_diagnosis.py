@@ -193,15 +193,30 @@ def test_a_rule_that_a_variable_lost():
     assert kinds(registry) == ["dropped"]
 
 
-def test_a_tied_kernel_under_lora():
+@pytest.mark.parametrize("rule", [Equal, MeanL2])
+def test_a_tied_kernel_under_lora(rule):
     model = towers(2)
     registry = equalize.GroupRegistry()
-    registry.tie("hard", kernels(model), Equal())
+    group = registry.tie("pair", kernels(model), rule())
     registry.link(model)
     assert kinds(registry) == []
     model.get_layer("tower_0").enable_lora(2)
+    assert [member.anchor for member in group.members] == [True, False]
     assert [(finding.kind, finding.subject) for finding in registry.diagnose()] == [("lora", "tower_0")]
-    assert "'hard'" in registry.diagnose()[0].message
+    assert "'pair'" in registry.diagnose()[0].message
+
+
+def test_what_lora_leaves_to_training_is_no_finding():
+    model = towers(2)
+    layers = [model.get_layer(f"tower_{i}") for i in range(2)]
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", layers, Equal())
+    for layer in layers:
+        layer.enable_lora(2)
+    assert [finding.message.split("'")[1] for finding in registry.diagnose()] == ["towers/kernel"] * 2  # not the bias
+    for layer in layers:
+        layer.weights[0].trainable = True  # a tied kernel with a low-rank part of each layer's own
+    assert kinds(registry) == []
 
 
 def test_a_declared_rule_under_lora():
@@ -227,6 +242,17 @@ def test_kernels_under_lora_are_equal_where_all_of_their_parts_are_tied():
     one, two = (ops.convert_to_numpy(layer.kernel) for layer in layers)
     assert np.array_equal(one, two)
     assert not np.array_equal(one, before)
+
+
+def test_layers_that_are_softly_tied_under_lora_have_the_factors_in_the_tie():
+    model = towers(2)
+    layers = [model.get_layer(f"tower_{i}") for i in range(2)]
+    for layer in layers:
+        layer.enable_lora(2)
+    registry = equalize.GroupRegistry()
+    registry.tie("towers", layers, MeanL2(factor=0.1))
+    assert {"towers/lora_kernel_a", "towers/lora_kernel_b"} <= set(registry)
+    assert kinds(registry) == []
 
 
 def test_layers_that_are_tied_under_lora_have_the_factors_in_the_tie(tmp_path):

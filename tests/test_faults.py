@@ -178,7 +178,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_file_and_the_ties(way, tmp_
 
 
 def test_a_file_in_place_is_lost_when_the_disk_is_full(tmp_path):
-    """Which is why the README writes beside it: Keras empties the old file before it writes."""
+    """Which is why docs/saving.md writes beside it: Keras empties the old file before it writes."""
     model, _ = hard()
     model.save(tmp_path / "model.keras")
     with full_disk(2000), pytest.raises(OSError, match="File too large"):

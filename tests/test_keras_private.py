@@ -142,6 +142,36 @@ def the_variables_of_an_optimizer():
     assert [id(v) for v in keras_private.updated_variables(optimizer)] == [id(v) for v in variables]
 
 
+def what_an_optimizer_keeps_for_each_variable():
+    optimizer = keras.optimizers.Adam(use_ema=True, gradient_accumulation_steps=2)
+    kernel, *_ = variables = built(optimizer)
+    found = keras_private.slots(optimizer)
+    assert {"_momentums", "_velocities", *keras_private.DEGREES_OF_ALL} == set(found)
+    assert all([id(v) for v in variables] == list(of_variables) for of_variables in found.values())
+    assert found["_momentums"][id(kernel)].shape == kernel.shape
+
+
+def what_an_optimizer_keeps_besides():
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Nadam())
+    built(optimizer)
+    assert {"step_counter", "dynamic_scale", "_iterations"} <= set(keras_private.own_values(optimizer))
+    assert "_u_product" in keras_private.own_values(optimizer.inner_optimizer)
+
+
+def building_an_optimizer_once_more():
+    optimizer = keras.optimizers.Adam(0.25)
+    variables = built(optimizer)
+    count = len(optimizer.variables)
+    optimizer.apply([ops.ones(v.shape) for v in variables], variables)
+    keras_private.unbuild(optimizer)
+    assert not optimizer.built
+    assert len(optimizer.variables) == 2  # the steps and the learning rate
+    optimizer.build(variables)
+    assert len(optimizer.variables) == count
+    assert (int(optimizer.iterations), float(optimizer.learning_rate)) == (1, 0.25)
+    optimizer.apply([ops.ones(variables[1].shape)], variables[1:2])
+
+
 def what_weight_decay_applies_to():
     optimizer = keras.optimizers.AdamW()
     kernel, bias, *_ = model().trainable_variables
@@ -207,6 +237,9 @@ USES = {
     "replace_torch_parameter": the_parameters_that_torch_knows,
     "steps_taken": how_often_an_optimizer_was_applied,
     "updated_variables": the_variables_of_an_optimizer,
+    "slots": what_an_optimizer_keeps_for_each_variable,
+    "own_values": what_an_optimizer_keeps_besides,
+    "unbuild": building_an_optimizer_once_more,
     "decays": what_weight_decay_applies_to,
     "optimizer_for": the_optimizer_that_several_leave_to_a_variable,
     "uses_adamw": what_muon_trains_by_adamw,

@@ -115,23 +115,71 @@ def test_outer_momentum_is_that_of_diloco():
         assert all(np.array_equal(after.seen[number][0], kernel) for kernel in after.seen[number])
 
 
-def test_fedprox_is_a_soft_tie_to_what_was_agreed_last():
-    """Each client is pulled to the value of the last synchronization, an anchor that moves when they agree."""
+def test_fedprox_is_a_soft_tie_to_a_server_that_follows_when_clients_agree():
     nets, model, x, y = replicas(2)
-    registry, agreed = equalize.GroupRegistry(), keras.Variable(array(nets[0].weights[0].value), trainable=False)
-    kernels = [net.weights[0] for net in nets]
-    registry.tie("clients", kernels, None)
-    for i, kernel in enumerate(kernels):
-        registry.tie(f"proximal {i}", [kernel, agreed], MeanL2(factor=1.0))
+    (server,), *_ = replicas(1)
+    server.trainable = False
+    registry = equalize.GroupRegistry()
+    registry.tie("clients", nets, None)
+    registry.tie("server", [nets[0], server], Follow())
+    registry.sync("first", "clients", "server")
+    for i, net in enumerate(nets):
+        registry.tie(f"proximal {i}", [net, server], MeanL2(factor=1.0))
+    w, steps = array(nets[0].weights[0].value).astype("float64"), Steps([*nets, server])
+    bias, agreed = np.zeros(3), None
+    model.compile(keras.optimizers.SGD(0.1), ["mse"] * 2)
+    sync = PeriodicSync(registry, ["clients", "server"], every=2)
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[sync, steps])
+    clients = [(w.copy(), bias.copy()) for _ in nets]
+    agreed = (w.copy(), bias.copy())
+    for number, seen in enumerate(steps.seen):  # three steps, of which the second is followed by an agreement
+        part = slice(16 * number, 16 * number + 16)
+        for i, (w, b) in enumerate(clients):
+            apart = 2 * (x[i][part] @ w + b - y[i][part]) / y[i][part].size
+            clients[i] = (
+                w - 0.1 * (x[i][part].T @ apart + (w - agreed[0])),
+                b - 0.1 * (apart.sum(axis=0) + (b - agreed[1])),
+            )
+        if number == 1:
+            agreed = tuple(np.mean(values, axis=0) for values in zip(*clients, strict=True))
+            clients = [agreed, agreed]
+        expected = [clients[0][0], clients[1][0], agreed[0]]
+        for kernel, value in zip(seen, expected, strict=True):
+            np.testing.assert_allclose(kernel, value, rtol=1e-4, atol=1e-5)
 
-    class Agree(PeriodicSync):
-        def synchronize(self):
-            super().synchronize()
-            agreed.assign(self.registry["clients"].value)
 
-    model.compile("sgd", ["mse"] * 2)
-    model.fit(x, y, batch_size=8, verbose=0, callbacks=[Agree(registry, "clients", every=2)])
-    assert bitwise_equal(*kernels)
+def test_an_outer_optimizer_goes_on_in_another_process_after_a_synchronization(tmp_path):
+    """The state of the outer optimizer is put back when training has begun, which makes it."""
+
+    def fit(model, registry, x, y, momentum=None, **epochs):
+        sync = PeriodicSync(registry, every=3, outer_optimizer=keras.optimizers.SGD(0.7, momentum=0.9, nesterov=True))
+
+        def restore(logs):
+            for variable, value in zip(sync.outer_optimizer.variables, momentum or (), strict=bool(momentum)):
+                variable.assign(value)
+
+        begin = keras.callbacks.LambdaCallback(on_train_begin=restore)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[sync, begin], **epochs)
+        return [array(variable.value).copy() for variable in sync.outer_optimizer.variables]
+
+    values = []
+    for interrupted in (False, True):
+        keras.utils.set_random_seed(0)
+        nets, model, x, y = replicas()
+        registry = equalize.GroupRegistry()
+        registry.tie("nets", nets, None)
+        registry.sync("first", "nets")
+        model.compile(keras.optimizers.Adam(0.01), ["mse"] * 3)
+        if interrupted:
+            momentum = fit(model, registry, x, y, epochs=2)
+            save_model(model, tmp_path / "model.keras", registry)
+            model, registry = load_model(tmp_path / "model.keras")
+            fit(model, registry, x, y, momentum, epochs=4, initial_epoch=2)
+        else:
+            fit(model, registry, x, y, epochs=4)
+        values.append([array(weight.value) for weight in model.weights])
+    for whole, parts in zip(*values, strict=True):
+        np.testing.assert_array_equal(whole, parts)
 
 
 def test_a_free_group_is_measured_saved_and_replaced(tmp_path):

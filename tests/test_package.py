@@ -76,6 +76,13 @@ def test_arguments_methods_and_properties_are_documented(name):
             assert inspect.getdoc(member) or hasattr(keras.optimizers.Optimizer, attribute), attribute
 
 
+def test_each_method_of_the_registry_stands_alone_with_an_example():
+    lookups = {"select"}  # what other modules call
+    methods = {name for name, _ in inspect.getmembers(equalize.GroupRegistry, inspect.isroutine) if name[0] != "_"}
+    for name in methods - lookups - set(dir(dict)):
+        assert ">>> " in getattr(equalize.GroupRegistry, name).__doc__, name
+
+
 BACKENDS = ("tensorflow", "jax", "torch")
 
 

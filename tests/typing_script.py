@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 import equalize
-from equalize.callbacks import FactorSchedule, PeriodicSync, TiedCheckpoint, TieMonitor
+from equalize.callbacks import FactorSchedule, PeriodicSync, TiedCheckpoint, TieMonitor, TieSchedule
 from equalize.constraints import Equal, Follow, GroupConstraint, Invariant, ProximalPairwiseL1, ProximalPairwiseNorm
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError, TieBrokenError
 from equalize.optimizers import TiedOptimizer
@@ -97,6 +97,8 @@ def train(registry: equalize.GroupRegistry) -> TieMonitor:
     reductions: list[str | Reduction] = ["mean", PCGrad(seed=1), MGDA(), UPGrad()]
     optimizer = TiedOptimizer("adam", registry, reduction=reductions[0])
     monitor = TieMonitor(registry, atol=1e-6, repair=False, gradients=True)
+    ending = TieSchedule(registry, "towers", {0: Equal(), 5: None, 7: MeanL2(factor=0.1)}, on_step=True)
+    print(ending.rules)
     conflicts: dict[str, list[dict[str, float]]] = monitor.conflicts
     found: dict[str, dict[str, float]] = optimizer.conflicts()
     print(conflicts, found, optimizer.watch_conflicts(), [PCGrad(1).weights(1.0) for _ in range(2)])

@@ -181,4 +181,4 @@ class Conflicts(Task):
             results = {name: curves.chosen(records, name, task) for name in curves.measured(records)}
             curves.dots(axes, results, known=WAYS)
             axes.set_xlabel(what)
-        figure.supxlabel("diamonds: mean ± standard error over splits; dots: single splits", fontsize=8)
+        curves.explain(panels[-1], "dots: splits; bars: standard error")

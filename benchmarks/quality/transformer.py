@@ -13,11 +13,11 @@ import keras
 
 from benchmarks import curves, ways
 from benchmarks.task import Case, Options, Record, Row, Task, plus_minus, where
-from benchmarks.text import build, load, loss
+from benchmarks.text import BATCH, build, load, loss
 from benchmarks.training import Trainer
 
 GRIDS = {"factor": (1e-4, 1e-3, 1e-2), "rate": (0.003, 0.03, 0.3)}
-BLOCKS, BATCH = 3, 16
+BLOCKS = 3
 
 
 def splits(options: Options) -> int:

@@ -15,13 +15,12 @@ import keras
 import equalize
 from benchmarks import colors, curves, ways
 from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
-from benchmarks.text import build, load, loss
+from benchmarks.text import BATCH, build, load, loss
 from benchmarks.training import STRETCH, in_order
 from equalize.callbacks import TieSchedule
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 
-BATCH = 16
 RATE = 3e-3
 FREE, TIED = "free", "tied"
 
@@ -121,7 +120,7 @@ class Unsharing(Task):
         whole.set_ylabel("bits per character")
         apart.set_ylabel("bits per character, less always free")
         apart.axhline(0.0, color=colors.GREY, linewidth=0.8)
-        figure.supxlabel("bars: standard error over splits", fontsize=8)
+        curves.explain(apart)
 
 
 def _figures(records: Sequence[Record], name: str, count: int) -> list[float]:

@@ -103,6 +103,41 @@ def updated_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Varia
     return optimizer._trainable_variables
 
 
+def slots(optimizer: Any) -> dict[str, dict[int, Any]]:
+    """What an optimizer keeps for each variable, by attribute and by the variable's id; None where it keeps none.
+
+    Keras's optimizers, and those written as its guide has them, keep a list for each kind, in the order of the
+    variables.
+    """
+    variables = optimizer._trainable_variables
+    known = {id(variable) for variable in (*variables, optimizer._iterations)}
+    found = {}
+    for name, value in vars(optimizer).items():
+        kept = isinstance(value, (list, tuple)) and len(value) == len(variables) and any(x is not None for x in value)
+        if kept and all(x is None or (is_variable(x) and id(x) not in known) for x in value):
+            found[name] = {id(variable): slot for variable, slot in zip(variables, value, strict=True)}
+    return found
+
+
+DEGREES_OF_ALL = {"_accumulated_gradients": 1, "_model_variables_moving_average": 0}
+"""By which power of the gradients those slots grow that an optimizer of any class may have."""
+
+
+def own_values(optimizer: Any) -> dict[str, Any]:
+    """The variables that an optimizer has besides slots, by attribute: its steps, a loss scale."""
+    return {name: value for name, value in vars(optimizer).items() if is_variable(value)}
+
+
+def unbuild(optimizer: Any) -> None:
+    """Has an optimizer forget its variables and slots, so that it can be built for others; its settings stay."""
+    kept = {id(optimizer._iterations), id(optimizer._learning_rate)}
+    for variable in [variable for variable in optimizer._variables if id(variable) not in kept]:
+        optimizer._untrack_variable(variable)
+    optimizer._trainable_variables = []
+    optimizer._trainable_variables_indices = {}
+    optimizer.built = False
+
+
 def decays(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
     """Whether weight decay, where an optimizer has any, applies to a variable."""
     return bool(optimizer._use_weight_decay(variable))

@@ -10,7 +10,7 @@ from equalize._backend import keras_private, living, wrapping
 from equalize._inputs.arguments import counted
 from equalize._linking import pairing
 from equalize._reports.invariance import has_invariant
-from equalize._ties.bound import Bound, own, rule_of, ties_on
+from equalize._ties.bound import Bound, group_of, own, rule_of, ties_on
 from equalize._ties.effects import Effect, described, same
 from equalize._ties.rules import Rule
 from equalize._ties.spread import pulled_arrays
@@ -286,9 +286,9 @@ def _is(rule: Rule, kind: type, name: str | None) -> bool:
 def _under_lora(layer: keras.Layer) -> Iterator[Finding]:
     """Keras 3.15 freezes a kernel under LoRA and hands its regularizer to the two factors of what is added to it."""
     factors = [weight for weight in layer.trainable_weights if weight.name.startswith("lora_")]
-    if all(next(ties_on(factor), None) is not None and factor.constraint is not None for factor in factors):
+    if all(any(group_of(tie) is not None for tie in ties_on(factor)) for factor in factors):
         return
-    for rule in (rule_of(tie) for weight in layer.weights for tie in ties_on(weight)):
+    for rule in (rule_of(tie) for weight in layer.non_trainable_weights for tie in ties_on(weight)):
         yield Finding(
             "lora",
             layer.name,

@@ -221,7 +221,7 @@ def _draw_maps(figure: Any, rows: Sequence[_Row], cells: Any) -> None:
             for i, j in np.ndindex(values.shape):
                 color = "black" if values[i, j] > 0.55 * top else "white"
                 axes.text(j, i, f"{values[i, j]:.2g}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=cells, shrink=0.8, label="distance: largest entry of |difference|")
+    figure.colorbar(image, ax=cells, shrink=0.8).set_label("distance: largest entry of |difference|", fontsize=8)
 
 
 def _farthest(distances: Sequence[np.ndarray]) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 import equalize
-from equalize.callbacks import FactorSchedule, PeriodicSync, TieMonitor
+from equalize.callbacks import FactorSchedule, PeriodicSync, TieMonitor, TieSchedule
 from equalize.constraints import Equal, Follow
 from equalize.optimizers import TiedOptimizer
 from equalize.reductions import Reduction
@@ -457,3 +457,59 @@ def outer_optimizer_of_other_groups():
     biases = [layer.bias for layer in model.layers if layer.weights]
     registry.tie("biases", biases, None)
     model.fit(*data, verbose=0, callbacks=[sync])
+
+
+@message(
+    """
+    `rules` must be a mapping from integers to rules, or None. Received: [<Equal() of group None>] of
+    type <class 'list'>.
+    """
+)
+def rules_that_are_no_mapping():
+    TieSchedule(equalize.GroupRegistry(), "pair", [Equal()])  # type: ignore[arg-type]
+
+
+@message(
+    """
+    `rules` must have at least one rule. Received: {} of type <class 'dict'>.
+    """
+)
+def no_rules():
+    TieSchedule(equalize.GroupRegistry(), "pair", {})
+
+
+@message(
+    """
+    TieSchedule has nothing to change in the model 'model': group 'pair' has no member there. Expected:
+    the registry that this model is linked by.
+    """
+)
+def schedule_of_another_model():
+    registry, _layers = tied()
+    model = model_of(*dense("third"))
+    model.compile("sgd", "mse")
+    schedule = TieSchedule(registry, "pair", {0: None})
+    model.fit(np.ones((2, 4)), np.ones((2, 3)), verbose=0, callbacks=[schedule])
+
+
+class Replacing(keras.callbacks.Callback):
+    def __init__(self, registry):
+        super().__init__()
+        self.registry = registry
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.registry.replace("pair", None)
+
+
+@message(
+    """
+    TiedOptimizer cannot hand slots over: while `fit` runs on JAX they are in the compiled step.
+    Expected: a model that has taken its state back. Call `model.jax_state_sync()` first, as
+    `equalize.callbacks.TieSchedule` does.
+    """,
+    on="jax",
+)
+def slots_that_are_in_the_compiled_step():
+    registry, model = compiled()
+    model.compile(TiedOptimizer("adam", registry), ["mse", "mse"])
+    model.fit(np.ones((2, 4)), [np.ones((2, 3))] * 2, verbose=0, callbacks=[Replacing(registry)])
