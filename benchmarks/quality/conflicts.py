@@ -35,7 +35,7 @@ WIDTH = 16
 TASKS = {
     "left": "accuracy on the left digit (%)",
     "right": "accuracy on the right digit (%)",
-    "image": "variance of the image reconstructed (%)",
+    "image": "variance reconstructed (%)",
 }
 
 Part = tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -133,7 +133,7 @@ class Conflicts(Task):
 
     title = "Three tasks on one trunk: reductions of conflicting gradients"
     timed = False
-    size = (9.0, 3.6)
+    size = (9.0, 3.8)
 
     def cases(self, options: Options) -> Sequence[Case]:
         rates = options.choose(RATES[1:2], RATES[1:2], RATES)
