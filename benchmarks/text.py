@@ -86,4 +86,4 @@ def loss(model: keras.Model, part: Part) -> float:
     x, y = part
     logits = ops.concatenate([model(ops.convert_to_tensor(batch)) for batch in np.array_split(x, 4)])
     nats = keras.losses.sparse_categorical_crossentropy(ops.convert_to_tensor(y), logits, from_logits=True)
-    return float(ops.mean(nats)) / float(np.log(2))
+    return float(ops.convert_to_numpy(ops.mean(nats))) / float(np.log(2))

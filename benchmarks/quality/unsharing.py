@@ -118,6 +118,7 @@ class Unsharing(Task):
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         counts, measured = distinct(records, "steps"), curves.measured(records)
         whole, apart = figure.subplots(1, 2)
+        figure.get_layout_engine().set(wspace=0.06)
         for axes, figures, names in ((whole, _figures, measured), (apart, _differences, measured[1:])):
             lines = {}
             for name in names:
@@ -126,7 +127,7 @@ class Unsharing(Task):
             curves.labelled_lines(axes, lines, digits=3, known=WAYS)
             axes.set(xlabel="steps")
         whole.set_ylabel("bits per character")
-        apart.set_ylabel("bits per character, less always free")
+        apart.set_ylabel("bits more than always free")
         apart.axhline(0.0, color=colors.GREY, linewidth=0.8)
         curves.explain(apart)
 
