@@ -3,6 +3,7 @@
 A *group* says who is tied, a *rule* how: `equalize.constraints` makes its members equal after every optimizer step,
 `equalize.regularizers` pulls them together by the loss, and `equalize.optimizers.TiedOptimizer` trains them as one.
 `GroupRegistry` holds the groups. A *view* of `equalize.views` says how a member shows the group's common value.
+`compare` tells which way to tie is best for a model and its data.
 
 Example:
 >>> import keras, equalize
@@ -19,15 +20,18 @@ from equalize import callbacks, constraints, errors, optimizers, reductions, reg
 from equalize._ties.group import Group
 from equalize._ties.member import Member
 from equalize._version import __version__
+from equalize.comparison import Comparison, compare
 from equalize.registry import GroupRegistry
 from equalize.sharing import relation, share
 
 __all__ = [
+    "Comparison",
     "Group",
     "GroupRegistry",
     "Member",
     "__version__",
     "callbacks",
+    "compare",
     "constraints",
     "errors",
     "optimizers",

@@ -451,10 +451,9 @@ class TieSchedule(keras.callbacks.Callback):
     def _change(self, now: int) -> None:
         """Gives the group the rule that holds now, unless it has it."""
         due = max((start for start in self.rules if start <= now), default=None)
-        if due == self._due:
+        if due is None or due == self._due:
             return
-        self._due = due
-        rule = self.rules[due]
+        self._due, rule = due, self.rules[due]
         if all(_described(group.rule) == _described(rule) for group in self._groups()):
             return
         if hasattr(self.model, "jax_state_sync"):

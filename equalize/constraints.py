@@ -274,25 +274,21 @@ class Follow(GroupConstraint):
         return {key: config[key] for key in ("group", "view")} | {"rate": self.rate, "every": self.every}
 
 
-class _Proximal(GroupConstraint):
+class _Proximal(rules.Factored, GroupConstraint):
     """Proximal steps: after an optimizer's step, the minimizer of a penalty and of how far members are moved."""
 
-    setting = "factor"
     weighted: ClassVar[bool] = False
 
-    def __init__(self, group: str | None = None, factor: float = 0.01, *, view: View | None = None, inner: Any = None):
-        super().__init__(group, view=view, inner=inner)
-        self.factor = self.checked_strength(factor)
+    def __init__(self, group: str | None = None, factor: Any = 0.01, *, view: View | None = None, inner: Any = None):
+        GroupConstraint.__init__(self, group, view=view, inner=inner)
+        self.factor = self.checked_factor(factor)
 
     @property
     def enforced(self) -> bool:
         return False
 
-    def checked_strength(self, strength: Any) -> float:
-        return arguments.number("factor", strength, low=0.0)
-
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"factor": self.factor}
+        return GroupConstraint.get_config(self) | rules.Factored.get_config(self)
 
 
 @keras.saving.register_keras_serializable(package="equalize")
@@ -356,24 +352,28 @@ class ProximalPairwiseNorm(_Proximal):
     `GroupRegistry.split` makes hard groups of what is equal.
 
     With SGD at the learning rate η and `factor` η·λ this is proximal gradient descent on a loss plus
-    `PairwiseNorm(factor=λ)`. Each variable is in a group by itself, so the kernels of two layers may meet before their
-    biases do. The minimizer is found by iteration, up to 200 turns on an n×n matrix: members that come within a
-    thousandth of the distance that they had have met. It costs n²·d operations for variables of d entries, and the
-    memory of a few groups.
+    `PairwiseNorm(factor=λ)`. With a matrix as `factor` every pair has its own: clusters are found in far more noise
+    where only near neighbors pull each other, for instance by the distances of the weights that a soft tie has learned.
+    Each variable is in a group by itself, so the kernels of two layers may meet before their biases do. The minimizer
+    is found by iteration, up to 200 turns on an n×n matrix: members that come within a thousandth of the distance that
+    they had have met. It costs n²·d operations for variables of d entries, and the memory of a few groups.
 
     A member that does not move stays, and the others move as if it did too. Steps of gradient accumulation that do not
     update count as steps. `registry.spread()` is how far members are apart.
 
     Args:
         group: Name of the group. None where `GroupRegistry.tie` gives it.
-        factor: How far a member is pulled towards each of the others in one step, not negative.
+        factor: How far a member is pulled towards each of the others in one step, not negative; or a symmetric matrix
+            of that for each pair (nested lists or an array).
         view: How the member shows the common value, one of `equalize.views`; None for "as it is".
         inner: A Keras constraint for each value, as an object, a config or a name.
 
     Raises:
-        EqualizeError: `group` is empty, `factor` is negative or not finite, or `inner` is no constraint.
+        EqualizeError: `group` is empty, `factor` is negative or not finite, its matrix is not symmetric, or `inner` is
+            no constraint.
         TypeError: An argument is of the wrong type.
         NotLinkedError: Training starts and no registry has linked the model.
+        GroupMismatchError: When tied: the matrix is not of the size of the group.
 
     Example:
     >>> import keras, equalize
@@ -389,12 +389,16 @@ class ProximalPairwiseNorm(_Proximal):
     ('equal', 'different')
 
     Reference:
-        Hocking, Joulin, Bach and Vert, Clusterpath (2011), equation 2, for the problem; Hunter and Li, Variable
+        Hocking, Joulin, Bach and Vert, Clusterpath (2011), equation 2, for the problem; Chi and Lange, Splitting
+        methods for convex clustering (2015), for weights of pairs; Hunter and Li, Variable
         selection using MM algorithms (2005), for the iteration.
     """
 
+    pairwise: ClassVar[bool] = True
+
     def project(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        return proximal.pairwise_norm(values, self.factor)
+        matrix = self._matrix
+        return proximal.pairwise_norm(values, self.factor if matrix is None else matrix)
 
 
 @keras.saving.register_keras_serializable(package="equalize")

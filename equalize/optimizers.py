@@ -283,18 +283,18 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         def source(kind: str, old: Mapping[int, Any], variable: keras.Variable, degree: int) -> Tensor | None:
             value = old.get(id(variable))
             for update in ended:
-                for _, member in update.moving if update.leader is not None else ():
-                    leader = update.moving[update.leader][1]
-                    slot = old.get(id(leader.variable))
-                    if member.variable is variable and slot is not None:
+                leader = update.led_by
+                slot = None if leader is None else old.get(id(leader.variable))
+                for _, member in update.moving:
+                    if member.variable is variable and leader is not None and slot is not None:
                         common = slots.pulled(leader, slot, degree) / self._size(update) ** degree
                         value = slots.shown(member, common, degree, value)
             for update in begun:
                 held = [(member, old.get(id(member.variable))) for _, member in update.moving]
                 known = [slots.pulled(member, slot, degree) for member, slot in held if slot is not None]
-                if known and update.leader is not None and update.moving[update.leader][1].variable is variable:
+                if known and update.led_by is not None and update.led_by.variable is variable:
                     common = sum(known) / len(known) * self._size(update) ** degree
-                    value = slots.shown(update.moving[update.leader][1], common, degree, value)
+                    value = slots.shown(update.led_by, common, degree, value)
             return None if value is None else backend.tensor(value)
 
         self._updated = tuple(updated_indices(after, len(self._trained)))

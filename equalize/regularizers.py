@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import keras
-import numpy as np
 
 from equalize._backend import Tensor
-from equalize._inputs import arguments
-from equalize._math import factors, penalties
+from equalize._math import penalties
 from equalize._ties import rules
 from equalize.views import View
 
 __all__ = ["ChainL2", "GroupRegularizer", "MeanL2", "PairwiseL1", "PairwiseL2", "PairwiseNorm", "TraceNorm"]
 
 
-class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
+class GroupRegularizer(rules.Factored, keras.regularizers.Regularizer):
     """Base of the regularizers that tie: write `penalty`, and the rest comes with it.
 
     Keras asks the regularizer of one variable at a time. Here each member of the group returns an equal share of the
@@ -62,13 +60,10 @@ class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
     """
 
     slot = "regularizer"
-    setting = "factor"
-    pairwise = False
-    """Whether `factor` may be a matrix with an entry for each pair of members, which `penalty` applies by itself."""
 
     def __init__(self, group: str | None = None, factor: Any = 1.0, *, view: View | None = None, inner: Any = None):
         self.group = rules.checked_group(group, self)
-        self.factor = factors.checked_factor(factor) if self.pairwise else self.checked_strength(factor)
+        self.factor = self.checked_factor(factor)
         self.view = rules.checked_view(view)
         self.inner = rules.checked_inner(keras.regularizers.get, inner, keras.regularizers.Regularizer)
 
@@ -83,33 +78,16 @@ class GroupRegularizer(rules.Rule, keras.regularizers.Regularizer):
             A scalar, made of the values with operations that the backend differentiates.
         """
 
-    def checked_strength(self, strength: Any) -> float:
-        return arguments.number("factor", strength, low=0.0)
-
     @property
     def _relative_weights(self) -> tuple[float, ...] | None:
         """While `penalty` runs: the weights of the members, whose mean is 1; None where all are the same."""
         weights = self.weights or ()
         return None if len(set(weights)) < 2 else tuple(weight * len(weights) / sum(weights) for weight in weights)
 
-    @property
-    def count(self) -> int | None:
-        return len(self.factor) if isinstance(self.factor, tuple) else None
-
-    def subset(self, places: Sequence[int]) -> "GroupRegularizer":
-        if not isinstance(self.factor, tuple) or len(places) == len(self.factor):
-            return self
-        return self.having(factor=factors.subset(self.factor, places))
-
-    @property
-    def _matrix(self) -> np.ndarray | None:
-        """The factor of each pair; None where all have one."""
-        return np.array(self.factor) if isinstance(self.factor, tuple) else None
-
     def get_config(self) -> dict[str, Any]:
         return {
             "group": self.group,
-            "factor": [list(row) for row in self.factor] if isinstance(self.factor, tuple) else self.factor,
+            **super().get_config(),
             "view": rules.view_config(self.view),
             "inner": keras.regularizers.serialize(self.inner) if self.inner is not None else None,
         }

@@ -265,6 +265,18 @@ def monitor_after_an_epoch(w):
     return monitor
 
 
+def two_layers():
+    """A model that can be compared."""
+    entrance = keras.Input((3,))
+    return keras.Model(entrance, keras.layers.add([keras.layers.Dense(3)(entrance) for _ in range(2)]))
+
+
+def compared():
+    run = {"way": "soft", "seed": 0, "free_weights": 3, "error": None, "choice_score": 1.0, "spread": 0.0}
+    run |= {"score": 1.0, "loss": 1.0, "step_seconds": 1.0}
+    return equalize.Comparison([{**run, "strength": strength} for strength in (0.1, 1.0)], "loss", "min", [])
+
+
 def saved(w):
     """The name of a file of the model."""
     saving.save_weights(w.model, "saved.weights.h5")
@@ -279,6 +291,9 @@ def replace(w, name, rule):
 
 # How to call each public name, and arguments that are in order.
 CALLS = {
+    "Comparison.plot": (drawing(lambda w: compared().plot), lambda w: {"path": "scores.svg"}),
+    "Comparison.save": (of(lambda w: compared().save), lambda w: {"path": "records.csv"}),
+    "Comparison.summary": (of(lambda w: compared().summary), lambda w: {"print_fn": len}),
     "GroupRegistry.replace": (replace, lambda w: {"name": "soft", "rule": MeanL2(factor=1.0)}),
     "GroupRegistry.split": (of(lambda w: w.registry.split), lambda w: {"name": "soft", "atol": 0.5}),
     "GroupRegistry.anchor": (
@@ -384,6 +399,23 @@ CALLS = {
     "regularizers.PairwiseL2": soft(regularizers.PairwiseL2),
     "regularizers.PairwiseNorm": soft(PairwiseNorm),
     "regularizers.TraceNorm": soft(regularizers.TraceNorm),
+    "compare": (
+        equalize.compare,
+        lambda w: {
+            "make_model": two_layers,
+            "members": lambda model: {"pair": model.layers[1:3]},
+            "x": w.data[0],
+            "y": w.data[0],
+            "ways": ["untied"],
+            "validation_data": (w.data[0], w.data[0]),
+            "compile": {"optimizer": "sgd", "loss": "mse", "run_eagerly": True},
+            "fit": {"epochs": 1, "batch_size": 4},
+            "seeds": [0],
+            "metric": "loss",
+            "mode": "min",
+            "path": "runs.jsonl",
+        },
+    ),
     "relation": (equalize.relation, lambda w: {"a": w.a, "b": w.b}),
     "saving.deduplicate": (saving.deduplicate, lambda w: {"filepath": saved(w)}),
     "saving.load_model": (saving.load_model, lambda w: {"filepath": saved(w)}),
@@ -446,6 +478,7 @@ def called_by_others(kind, method):
 
 WITHOUT_ARGUMENTS = (
     View,
+    equalize.Comparison,
     equalize.Group,
     equalize.GroupRegistry,
     reductions.Reduction,

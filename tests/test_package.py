@@ -107,6 +107,7 @@ def test_a_backend_that_does_not_train_is_refused_at_the_import():
 
 
 MADE_BY_EQUALIZE = (
+    equalize.Comparison,
     equalize.Group,
     equalize.GroupRegistry,
     equalize.Member,

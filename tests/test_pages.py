@@ -9,7 +9,15 @@ from tests import pages
 from tests.pages import DOCS, PAGES, README, ROOT
 from tests.test_package import PUBLIC
 
-QUICK = {"custom-rules", "devices", "index", "recipes/loops", "recipes/now-and-then", "recipes/sharing"}  # < 5 s each
+QUICK = {
+    "comparing",
+    "custom-rules",
+    "devices",
+    "index",
+    "recipes/loops",
+    "recipes/now-and-then",
+    "recipes/sharing",
+}  # < 5 s each
 WITH_EXAMPLES = [page for page in PAGES if pages.blocks(page)]
 
 

@@ -11,6 +11,7 @@ import equalize
 from equalize._math import proximal
 from equalize.callbacks import FactorSchedule
 from equalize.constraints import ProximalPairwiseL1, ProximalPairwiseNorm
+from equalize.errors import GroupMismatchError
 from equalize.saving import load_model, save_model
 from equalize.views import Transpose
 from tests import strategies
@@ -74,7 +75,8 @@ def objective(p, w, factor):
     """What the proximal step of the norm minimizes."""
     first, second = np.triu_indices(len(w), 1)
     p, w = p.astype("float64"), w.astype("float64")
-    return 0.5 * np.sum((p - w) ** 2) + factor * np.sum(np.linalg.norm(p[first] - p[second], axis=1))
+    of_pairs = np.broadcast_to(factor, (len(w),) * 2)[first, second]
+    return 0.5 * np.sum((p - w) ** 2) + np.sum(of_pairs * np.linalg.norm(p[first] - p[second], axis=1))
 
 
 def clustered(w, factor):
@@ -87,6 +89,7 @@ def clustered(w, factor):
     first, second = np.triu_indices(n, 1)
     apart = w[first] - w[second]
     dual = np.zeros_like(apart)
+    factor = np.broadcast_to(factor, (n, n))[first, second][:, None]
     for _ in range(3000):
         pulled = w.copy()
         np.add.at(pulled, first, apart - dual)
@@ -110,6 +113,43 @@ def test_whole_members_meet_where_the_minimizer_has_them_meet(n, size, factor):
         first, second = np.triu_indices(n, 1)
         assert np.array_equal(np.all(p[first] == p[second], axis=1), met)
         assert objective(p / scale, w, factor) <= objective(expected, w, factor) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0, 3.0])
+def test_every_pair_may_have_its_own_factor(strength):
+    """Near neighbors pull each other, and one member nobody: it stays, wherever the others go."""
+    random = np.random.default_rng(1)
+    w = (3.0 * random.normal(size=(3, 4))[np.arange(9) % 3] + 0.5 * random.normal(size=(9, 4))).astype("float32")
+    far = np.linalg.norm(w[:, None] - w[None], axis=2)
+    near = (far <= np.sort(far, axis=1)[:, 3:4]) * np.exp(-far / 3)
+    factor = strength * np.maximum(near, near.T) * ~np.eye(9, dtype=bool)
+    factor[4] = factor[:, 4] = 0.0
+    p = minimizer(w, factor, proximal.pairwise_norm)
+    expected, met = clustered(w, factor)
+    first, second = np.triu_indices(9, 1)
+    together = np.all(p[first] == p[second], axis=1)
+    linked = factor[first, second] > 0
+    assert np.array_equal(together[linked], met[linked])
+    assert objective(p, w, factor) <= objective(expected, w, factor) * (1 + 1e-5)
+    np.testing.assert_allclose(p[4], w[4], rtol=1e-6)
+
+
+def test_a_matrix_of_factors_ties_and_is_saved(tmp_path):
+    layers = [keras.layers.Dense(3, use_bias=False) for _ in range(3)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    registry = equalize.GroupRegistry()
+    rule = ProximalPairwiseNorm(factor=[[0.0, 9.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    registry.tie("layers", [layer.kernel for layer in layers], rule)
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    model.fit(x, x, batch_size=4, verbose=0)
+    assert bitwise_equal(layers[0].kernel, layers[1].kernel)
+    assert not bitwise_equal(layers[0].kernel, layers[2].kernel)
+    save_model(model, tmp_path / "model.keras", registry)
+    _, again = load_model(tmp_path / "model.keras")
+    assert again["layers"].rule.factor == rule.factor
+    with pytest.raises(GroupMismatchError, match="3"):
+        registry.replace("layers", ProximalPairwiseNorm(factor=np.ones((2, 2))))
 
 
 @pytest.mark.parametrize("n", [3, 20])

@@ -1,6 +1,6 @@
 """A user's script with every public name, which `pyright` checks in strict mode; see test_typing.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -142,3 +142,38 @@ def keep(model: keras.Model, registry: equalize.GroupRegistry) -> tuple[int, int
     print(loaded, list(ties), shared, free / stored)
     before, after = deduplicate("model.keras")
     return before, after
+
+
+def best_way(make_model: Callable[[], keras.Model], x: np.ndarray, y: np.ndarray) -> tuple[str, float | None]:
+    def towers(model: Any) -> dict[str, Any]:
+        return {"towers": model.layers[1:3]}
+
+    def mean(model: keras.Model, registry: equalize.GroupRegistry, members: Mapping[str, Any]) -> Any:
+        for name, each in members.items():
+            registry.tie(name, each, Equal())
+
+        def tied(optimizer: Any) -> TiedOptimizer:
+            return TiedOptimizer(optimizer, registry, reduction="mean")
+
+        return tied
+
+    ways = ["untied", "exact", ("soft", [0.1, 1.0]), PairwiseNorm(factor=0.1), mean]
+    comparison: equalize.Comparison = equalize.compare(
+        make_model,
+        towers,
+        x,
+        y,
+        ways=ways,
+        validation_data=(x, y),
+        compile={"optimizer": "adam", "loss": "mse", "metrics": ["mae"]},
+        fit={"epochs": 3},
+        seeds=[1, 2],
+        metric="mae",
+        mode="min",
+        path="runs.jsonl",
+    )
+    comparison.summary(print_fn=print)
+    comparison.plot("scores.png")
+    comparison.save("records.json")
+    print(comparison.metric, comparison.mode, [record["score"] for record in comparison.records])
+    return comparison.best

@@ -89,8 +89,8 @@ class _Solution(NamedTuple):
     change: Tensor
 
 
-def pairwise_norm(values: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """Argmin over p of ½·Σ_i ‖w_i − p_i‖² + factor·Σ_{i<j} ‖p_i − p_j‖, the clustering problem of sums of norms.
+def pairwise_norm(values: Sequence[Tensor], factor: float | Tensor | np.ndarray) -> list[Tensor]:
+    """Argmin over p of ½·Σ_i ‖w_i − p_i‖² + Σ_{i<j} factor_ij·‖p_i − p_j‖, the clustering problem of sums of norms.
 
     Each p_i is a weighted mean of the values, and the weights depend on the distances of these alone. So the values are
     seen in at most n coordinates, by a QR decomposition. There each turn has ‖p_i − p_j‖² / (2·d_ij) + d_ij / 2 in
@@ -99,7 +99,7 @@ def pairwise_norm(values: Sequence[Tensor], factor: float | Tensor) -> list[Tens
 
     Args:
         values: Tensors of one shape and floating dtype.
-        factor: A number that is not negative.
+        factor: A number that is not negative, or a symmetric matrix of them, `(n, n)`.
 
     Returns:
         As many tensors. Those of members that have met are equal bit for bit: they are read from one place.
@@ -114,10 +114,13 @@ def pairwise_norm(values: Sequence[Tensor], factor: float | Tensor) -> list[Tens
     points = seen / size
     if points.shape[1] > n:
         points = ops.transpose(ops.qr(ops.transpose(points))[1])
-    strength = ops.cast(factor, rows.dtype) / size
+    factors = ops.cast(factor, rows.dtype)
+    strength = factors / size
     among_values = _distances(points)
-    certain = ops.where(_certain(among_values, strength), _STIFF, 0.0)
-    solution = _solved(points, strength, ops.maximum(certain, _pulls(strength, among_values)))
+    pulls = _pulls(strength, among_values)
+    if not strength.shape:
+        pulls = ops.where(_certain(among_values, strength), _STIFF, pulls)
+    solution = _solved(points, strength, pulls)
     # A member is rounded as far as it is from the first, from which it is seen.
     noise = _ROUNDING * float(np.finfo(backend.dtype(rows)).eps) * (among_values[:1] + among_values[:, :1])
     met = ops.cast(solution.distances <= ops.maximum(_MET * among_values, noise), rows.dtype)
@@ -126,26 +129,21 @@ def pairwise_norm(values: Sequence[Tensor], factor: float | Tensor) -> list[Tens
     means_of_clusters = met / ops.sum(met, axis=1, keepdims=True)
     # Stiff pulls cost digits, so those that have met are from now on as many points in one place, without any.
     points = backend.product(means_of_clusters, points)
-    weights = _solved(points, strength, _pulls(strength, solution.distances), 1.0 - met).weights
+    of_pairs = backend.product(means_of_clusters, ops.broadcast_to(strength, met.shape))
+    strength = (1.0 - met) * backend.product(of_pairs, ops.transpose(means_of_clusters))
+    weights = _solved(points, strength, _pulls(strength, solution.distances)).weights
     moved = rows[:1] + backend.product(backend.product(weights, means_of_clusters), seen)
-    moved = ops.where(ops.cast(factor, rows.dtype) == 0.0, rows, moved)
+    moved = ops.where(ops.max(factors) == 0.0, rows, moved)
     moved = ops.take(backend.computed_once(moved), ops.argmax(met, axis=1), axis=0)
     return [ops.cast(ops.reshape(row, values[0].shape), dtype) for row in ops.unstack(moved, n)]
 
 
-def _solved(points: Tensor, strength: Tensor, pulls: Tensor, pairs: float | Tensor = 1.0) -> _Solution:
-    """The minimizer for n points, `(n, m)`.
-
-    Args:
-        points: The points.
-        strength: The factor of the penalty.
-        pulls: The pulls of the first turn, `(n, n)`.
-        pairs: 1 for the pairs that pull each other, 0 for others, `(n, n)`.
-    """
+def _solved(points: Tensor, strength: Tensor, pulls: Tensor) -> _Solution:
+    """The minimizer for n points, `(n, m)`, the factor of the penalty, and the pulls of the first turn, `(n, n)`."""
     among_values = _distances(points)
 
     def solved(pulls: Tensor, turn: Tensor, before: Tensor) -> _Solution:
-        weights = _pulled_together(pairs * pulls)
+        weights = _pulled_together(pulls)
         distances = _distances(backend.product(weights, points))
         change = ops.abs(distances - before) / ops.where(among_values > 0.0, among_values, 1.0)
         return _Solution(turn + 1, weights, distances, ops.max(change))
@@ -160,7 +158,8 @@ def _solved(points: Tensor, strength: Tensor, pulls: Tensor, pairs: float | Tens
 
 
 def _pulls(strength: Tensor, distances: Tensor) -> Tensor:
-    return ops.where(distances * _STIFF > strength, strength / ops.where(distances > 0.0, distances, 1.0), _STIFF)
+    """How strong a spring is that pulls with a given strength at a distance, at most as stiff as the solver takes."""
+    return strength / ops.where(strength > 0.0, ops.maximum(distances, strength / _STIFF), 1.0)
 
 
 def _certain(distances: Tensor, strength: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from equalize._inputs import arguments
 from equalize._inputs.arguments import received
 from equalize._math import means
 from equalize._reports.progress import bar
+from equalize._ties.bound import without_penalties
 from equalize._ties.spread import pulled_arrays
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError
@@ -75,7 +76,7 @@ def advise(groups: Sequence[TiedGroup], model: keras.Model, x: Any, y: Any, batc
     _require_members(groups, model)
     batches = list(_batches(x, y, batch_size))
     passes = 1 + len(FRACTIONS) * len(groups)
-    with _without_penalties(model), _as_it_is(model), bar("Asking the data", passes * len(batches)) as step:
+    with without_penalties(model), _as_it_is(model), bar("Asking the data", passes * len(batches)) as step:
         loss = _loss(model, batches, step)
         return [_advice(group, model, batches, loss, step) for group in groups]
 
@@ -175,19 +176,6 @@ def _require_members(groups: Sequence[TiedGroup], model: keras.Model) -> None:
                     "variable of that model. Expected: a model that all members belong to, or the names of groups that "
                     "it has."
                 )
-
-
-@contextlib.contextmanager
-def _without_penalties(model: keras.Model) -> Iterator[None]:
-    """While open, no variable of the model has a regularizer: penalties are not what the data say."""
-    kept = [(variable, variable.regularizer) for variable in model.weights]
-    for variable, _ in kept:
-        variable.regularizer = None
-    try:
-        yield
-    finally:
-        for variable, regularizer in kept:
-            variable.regularizer = regularizer
 
 
 @contextlib.contextmanager

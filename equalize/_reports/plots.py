@@ -10,6 +10,7 @@ import numpy as np
 
 from equalize._inputs import arguments
 from equalize._reports.progress import bar
+from equalize._reports.results import Row
 from equalize._ties.member import Member
 from equalize._ties.spread import pulled_arrays
 from equalize._ties.tied_group import TiedGroup, by_tie
@@ -27,6 +28,8 @@ _PAGE = 10.0, 13.0
 """The largest picture in inches: a page."""
 _MAPS = 6
 """So many heat maps are drawn at most, of the ties whose members are farthest apart."""
+_FAR = 30.0
+"""Scores that are so far apart are drawn on a logarithmic scale."""
 _ROWS, _COLUMNS = 40, 48
 """So many ties are drawn at most; so many layers are named."""
 
@@ -151,6 +154,55 @@ def _draw_epochs(axes: Any, history: Mapping[str, Sequence[float]]) -> list[tupl
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     return ends
+
+
+def plot_comparison(rows: Sequence[Row], metric: str, path: str | os.PathLike[str]) -> None:
+    """Draws the score over the strength, a panel for each way that has strengths, with the other ways beside it.
+
+    Args:
+        rows: The rows of a comparison.
+        metric: The name of the score.
+        path: The file to write; its suffix says the format, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        TypeError: `path` is not a path.
+        EqualizeError: The path is not that of a picture.
+        ImportError: matplotlib is not installed.
+    """
+    path = arguments.picture("path", path)
+    figure_of = _figure()
+    graded = [row for row in rows if len(row.curve) > 1]
+    others = [row for row in rows if len(row.curve) == 1 and not row.problem]
+    left, right = ([row for row in others if (row.way == "untied") == first] for first in (True, False))
+    right.sort(key=lambda row: row.way != "hard")
+    scores = [point.mean for row in rows for point in row.curve if math.isfinite(point.mean)]
+    columns = max(len(graded), 1)
+    figure = figure_of(figsize=(min(1.5 + 4.0 * columns, 3 * _PAGE[0]), 4.5), layout="constrained")
+    panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for axes, row in zip(panels, graded or [None], strict=True):
+        points = [] if row is None else sorted(row.curve, key=lambda point: point.strength or 0.0)
+        places = np.arange(len(points)) + len(left)  # strengths are of any size, and few
+        marks = [*(each.way for each in left), *(f"{point.strength:g}" for point in points)]
+        if row is not None:
+            means, errors = [point.mean for point in points], [point.error for point in points]
+            axes.errorbar(places, means, errors, color=_COLORS[0], marker="o", markersize=4, capsize=3, clip_on=False)
+            chosen = [point.strength for point in points].index(row.strength)
+            axes.plot(places[chosen], means[chosen], "o", color=_COLORS[0], markersize=9, clip_on=False)
+            axes.set_title(row.way, fontsize=9)
+            axes.set_xlabel("strength (large mark: chosen)")
+        for index, each in enumerate([*left, *right]):
+            place = index if index < len(left) else index + len(points)
+            color = _COLORS[1 + index % (len(_COLORS) - 1)]
+            error = 0.0 if math.isnan(each.error) else each.error
+            axes.axhline(each.score, color=color, linewidth=0.8, linestyle=":", zorder=0)
+            axes.errorbar(place, each.score, error, color=color, marker="D", markersize=6, capsize=4, clip_on=False)
+        marks += [each.way for each in right]
+        axes.set_xticks(range(len(marks)), [_short(mark, 24) for mark in marks], rotation=45, ha="right")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"{metric} (mean ± standard error)")
+    if max(scores) > _FAR * min(scores) > 0.0:
+        panels[0].set_yscale("log")
+    figure.savefig(path, dpi=120)
 
 
 def _figure() -> Any:

@@ -13,6 +13,7 @@ import rich.table
 
 from equalize._inputs.arguments import counted
 from equalize._reports.advice import FRACTIONS, Advice
+from equalize._reports.results import Row
 from equalize._ties.tied_group import TiedGroup, by_tie
 
 # Logs are read in editors and mail, and by programs that know ASCII only.
@@ -67,6 +68,46 @@ _READING = (
     "trained on can say so. Cosine: whether the gradients of two members agree. It does not say whether tying helps: "
     "where tied members fit best, their gradients cancel."
 )
+
+
+def print_comparison(
+    rows: Sequence[Row],
+    metric: str,
+    closing: Sequence[str],
+    *,
+    relative: bool,
+    print_fn: Callable[[str], object] | None = None,
+) -> None:
+    """Prints one row a way, the best first, why some have no score, and lines below.
+
+    Args:
+        rows: The rows in their order.
+        metric: The name of the score.
+        closing: What to read below the table.
+        relative: Whether times of steps are ratios to the untied way.
+        print_fn: As in `print_summary`.
+    """
+    plain = print_fn is not None
+    about, like = ("+-", "~") if plain else ("±", "≈")
+    table = rich.table.Table(box=_box(plain=plain), show_edge=False, pad_edge=False)
+    table.add_column("Way", overflow="fold")
+    for heading in ("Strength", rich.markup.escape(metric), "", "Step", "Free", "Spread"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        score = "failed" if row.problem else f"{_short(row.score)} {about} {row.error:.2g}"
+        strength = "" if row.strength is None else f"{row.strength:g}"
+        free = "" if row.free is None else f"{row.free:,}"
+        name = rich.markup.escape(row.way)
+        spread = "" if math.isnan(row.spread) else f"{row.spread:.3g}"
+        table.add_row(name, strength, score, like * row.close, _step(row.step, relative), free, spread)
+    failed = [rich.markup.escape(f"{row.way}: {row.problem}") for row in rows if row.problem]
+    _print(lambda console: console.print(table, *failed, *map(rich.markup.escape, closing), sep="\n"), print_fn)
+
+
+def _step(step: float, relative: bool) -> str:
+    if math.isnan(step):
+        return ""
+    return f"{step:.2f}x" if relative else f"{1000 * step:.3g} ms"
 
 
 def _percent(fraction: float) -> str:

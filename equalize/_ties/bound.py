@@ -1,5 +1,6 @@
 """What stands on a variable that is tied: the group, the member, and what was there before."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -250,6 +251,19 @@ def without(outermost: Any, group: Any) -> Any:
     if outermost.group is group or isinstance(outermost, OwnRegularizer):
         return inner
     return outermost if inner is outermost.inner else type(outermost)(outermost.group, outermost.member, inner)
+
+
+@contextlib.contextmanager
+def without_penalties(model: keras.Model) -> Iterator[None]:
+    """While open, no variable of the model has a regularizer: penalties are not what the data say."""
+    kept = [(variable, variable.regularizer) for variable in model.weights]
+    for variable, _ in kept:
+        variable.regularizer = None
+    try:
+        yield
+    finally:
+        for variable, regularizer in kept:
+            variable.regularizer = regularizer
 
 
 def _declares(group: Any, member: Member, tie: Tying) -> bool:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import keras
+import numpy as np
 
 from equalize._backend import Tensor
 from equalize._inputs import arguments, configs
 from equalize._inputs.arguments import received
+from equalize._math import factors
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.views import View
 
@@ -150,6 +152,40 @@ class Rule(Tying, abc.ABC):
 
     def __repr__(self) -> str:
         return f"<{self.describe()} of group {self.group!r}>"
+
+
+class Factored(Rule):
+    """A rule whose strength is a factor: a number, or where it is `pairwise` also a matrix with one for each pair."""
+
+    setting = "factor"
+    pairwise: ClassVar[bool] = False
+    """Whether `factor` may be a matrix with an entry for each pair of members, which the rule applies by itself."""
+
+    factor: float | factors.Factors
+
+    def checked_factor(self, factor: Any) -> float | factors.Factors:
+        """The argument `factor`."""
+        return factors.checked_factor(factor) if self.pairwise else self.checked_strength(factor)
+
+    def checked_strength(self, strength: Any) -> float:
+        return arguments.number("factor", strength, low=0.0)
+
+    @property
+    def count(self) -> int | None:
+        return len(self.factor) if isinstance(self.factor, tuple) else None
+
+    def subset(self, places: Sequence[int]) -> Any:
+        if not isinstance(self.factor, tuple) or len(places) == len(self.factor):
+            return self
+        return self.having(factor=factors.subset(self.factor, places))
+
+    @property
+    def _matrix(self) -> np.ndarray | None:
+        """The factor of each pair; None where all have one."""
+        return np.array(self.factor) if isinstance(self.factor, tuple) else None
+
+    def get_config(self) -> dict[str, Any]:
+        return {"factor": [list(row) for row in self.factor] if isinstance(self.factor, tuple) else self.factor}
 
 
 class Free(Rule):

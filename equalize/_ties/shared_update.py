@@ -59,16 +59,21 @@ class SharedUpdate:
                 reduced[i] = member.apply_gradient(_zeros(member, own) if value is None else value, own)
 
     @property
+    def led_by(self) -> Member | None:
+        """The member that is updated for all."""
+        return None if self.leader is None else self.moving[self.leader][1]
+
+    @property
     def copies(self) -> list[Member]:
         """The members that take the value of the leader, and have no update of their own."""
         return [member for place, (_, member) in enumerate(self.moving) if place != self.leader]
 
     def follow(self) -> None:
         """Gives all members what the leader has become, or the anchor is."""
-        if self.leader is None:
+        if self.led_by is None:
             self.group.project()
         else:
-            self.group.follow(self.moving[self.leader][1])
+            self.group.follow(self.led_by)
 
 
 def _zeros(member: Member, gradient: Tensor) -> Tensor:

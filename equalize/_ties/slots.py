@@ -38,8 +38,8 @@ def rebuild(optimizer: Any, variables: list[keras.Variable], source: Source) -> 
         for kind, of_variables in keras_private.slots(each).items():
             for variable in keras_private.updated_variables(each):
                 slot = of_variables.get(id(variable))
-                value = None if slot is None else source(kind, slots.get(kind, {}), variable, degrees.get(kind, 0))
-                if value is not None and tuple(value.shape) == tuple(slot.shape):
+                value = source(kind, slots.get(kind, {}), variable, degrees.get(kind, 0))
+                if slot is not None and value is not None and tuple(value.shape) == tuple(slot.shape):
                     slot.assign(ops.cast(value, backend.dtype(slot)))
 
 

@@ -41,13 +41,13 @@ def link_of_keras_2():
 
 @message(
     """
-    Cannot link 'model': it has no weights for 'dense' yet, since it is not built. Expected: a built
+    Cannot link 'model': it has no weights for 'inside' yet, since it is not built. Expected: a built
     model. Give it an `Input`, call `model.build(input_shape)`, or call it once on data.
     """
 )
 def link_of_a_model_that_is_not_built():
     equalize.GroupRegistry().link(
-        keras.Sequential([keras.layers.Dense(2, kernel_constraint=Equal("pair"))], name="model")
+        keras.Sequential([keras.layers.Dense(2, name="inside", kernel_constraint=Equal("pair"))], name="model")
     )
 
 
