@@ -1,6 +1,6 @@
 """What the quality tasks have in common: results at the strength that validation data choose, and pictures of ways."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import colors, ways
@@ -30,16 +30,22 @@ def measured(records: Sequence[Record]) -> list[str]:
     return distinct(records, "way")
 
 
-def dots(axes: Any, results: dict[str, Sequence[float]], *, digits: int = 1) -> None:
+def dots(
+    axes: Any,
+    results: dict[str, Sequence[float]],
+    *,
+    digits: int = 1,
+    known: Mapping[str, ways.Way] = ways.WAYS,
+) -> None:
     """A line for each way: its mean with the standard error, and pale dots for its single results."""
     for place, (name, values) in enumerate(reversed(results.items())):
         mean, error = mean_and_error(values)
-        color = ways.WAYS[name].color
+        color = known[name].color
         axes.plot(values, [place] * len(values), "o", color=color, alpha=0.3, markersize=5)
         axes.errorbar(mean, place, xerr=error, color=color, marker="D", markersize=6, capsize=4)
         label = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes.annotate(f"{mean:.{digits}f}", (mean, place), **label)
-    axes.set_yticks(range(len(results)), [ways.WAYS[name].label for name in reversed(results)])
+    axes.set_yticks(range(len(results)), [known[name].label for name in reversed(results)])
     axes.set_ylim(-0.5, len(results) - 0.3)
     axes.margins(x=0.08)
 
@@ -49,18 +55,24 @@ def explain(axes: Any, text: str = "bars: standard error") -> None:
     axes.set_title(text, loc="right", fontsize=8, color=colors.GREY)
 
 
-def labelled_lines(axes: Any, lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]) -> None:
+def labelled_lines(
+    axes: Any,
+    lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    *,
+    digits: int = 1,
+    known: Mapping[str, ways.Way] = ways.WAYS,
+) -> None:
     """A line for each way, over x, with standard errors, named at its right end without overlap."""
     ends = []
     for name, (x, means, errors) in lines.items():
-        axes.errorbar(x, means, errors, color=ways.WAYS[name].color, marker="o", markersize=4, capsize=3)
+        axes.errorbar(x, means, errors, color=known[name].color, marker="o", markersize=4, capsize=3)
         ends.append((means[-1], x[-1], name))
     low, high = axes.get_ylim()
     gap, free = (high - low) * 0.055, -float("inf")
     for y, x, name in sorted(ends):
         free = max(y, free + gap)
         place = {"xytext": (1.02, free), "textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
-        axes.annotate(f"{ways.WAYS[name].label} {y:.1f}", (x, y), color=ways.WAYS[name].color, **place)
+        axes.annotate(f"{known[name].label} {y:.{digits}f}", (x, y), color=known[name].color, **place)
 
 
 def trade(figure: Any, records: Sequence[Record], key: str, what: str, *, digits: int) -> None:

@@ -3,7 +3,7 @@
 Between blocks with weights of their own and blocks that all have one set of weights (`transformer`) lie those of Bae
 et al., Relaxed recursive transformers: Effective parameter sharing with layer-wise LoRA (2024): each linear map of a
 block is that of all blocks plus a product of two thin matrices, which only this block has. Here all are trained from
-scratch on the text of `transformer`, the tied part as one variable (`TiedOptimizer`).
+scratch on the text of `benchmarks.text`, the tied part as one variable (`TiedOptimizer`).
 """
 
 import functools
@@ -15,8 +15,8 @@ import numpy as np
 from keras import layers, ops
 
 from benchmarks import colors, curves, ways
-from benchmarks.quality.transformer import BATCH, CONTEXT, HEADS, WIDTH, Embedding, load, loss
 from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
+from benchmarks.text import BATCH, CONTEXT, HEADS, WIDTH, Embedding, load, loss
 from benchmarks.training import Trainer
 
 BLOCKS = 3

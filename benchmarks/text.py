@@ -1,0 +1,89 @@
+"""A small transformer that reads text: the next character of Python's own language reference.
+
+Half a million characters that ship with Python (`pydoc_data.topics`). The text is cut into pieces: each split trains on
+random four fifths of them, chooses on a tenth and is tested on a tenth.
+"""
+
+import functools
+from collections.abc import Sequence
+from pydoc_data.topics import topics
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from benchmarks import ways
+from benchmarks.task import Options
+
+WIDTH, HEADS = 32, 2
+CONTEXT, BATCH, PIECE = 32, 16, 1024
+
+Part = tuple[np.ndarray, np.ndarray]
+
+
+@functools.cache
+def load(options: Options, split: int) -> tuple[Part, Part, Part, int]:
+    """Windows of characters and the next ones, to train on, to choose on, and to test on; how many characters."""
+    text = "\n".join(topics[name] for name in sorted(topics))
+    characters = {character: number for number, character in enumerate(sorted(set(text)))}
+    codes = np.array([characters[character] for character in text], "int32")
+    pieces = codes[: len(codes) // PIECE * PIECE].reshape(-1, PIECE)
+    pieces = options.generator(split).permutation(pieces)
+    tenth = len(pieces) // 10
+    windows = pieces[:, : PIECE // (CONTEXT + 1) * (CONTEXT + 1)].reshape(len(pieces), -1, CONTEXT + 1)
+    test, validation, train = (
+        part.reshape(-1, CONTEXT + 1) for part in (windows[:tenth], windows[tenth : 2 * tenth], windows[2 * tenth :])
+    )
+    train, validation, test = ((part[:, :-1], part[:, 1:]) for part in (train, validation[:1000], test[:1000]))
+    return train, validation, test, len(characters)
+
+
+class Block(layers.Layer):
+    """One block: causal attention and two dense layers, each after a normalization and around a detour."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.LayerNormalization(), layers.LayerNormalization()
+        self.attention = layers.MultiHeadAttention(HEADS, WIDTH // HEADS, flash_attention=False)
+        self.widen, self.narrow = layers.Dense(2 * WIDTH, activation="relu"), layers.Dense(WIDTH)
+
+    def build(self, shape: Sequence[int]) -> None:
+        for part in (self.first, self.second, self.widen):
+            part.build(shape)
+        self.attention.build(shape, shape)
+        self.narrow.build((*shape[:-1], 2 * WIDTH))
+
+    def call(self, x: Any) -> Any:
+        seen = self.first(x)
+        x = x + self.attention(seen, seen, use_causal_mask=True)
+        return x + self.narrow(self.widen(self.second(x)))
+
+
+class Embedding(layers.Layer):
+    """What a character is and where it stands."""
+
+    def __init__(self, characters: int):
+        super().__init__()
+        self.characters, self.places = layers.Embedding(characters, WIDTH), layers.Embedding(CONTEXT, WIDTH)
+
+    def call(self, x: Any) -> Any:
+        return self.characters(x) + self.places(ops.arange(CONTEXT))
+
+
+def build(characters: int, blocks: int, way: ways.Way) -> tuple[keras.Model, ways.Groups]:
+    """The transformer; its blocks are tied."""
+    inputs = keras.Input((CONTEXT,), dtype="int32")
+    x = Embedding(characters)(inputs)
+    tied = way.layers(Block, blocks)
+    for block in tied:
+        x = block(x)
+    return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x))), {"blocks": tied}
+
+
+def loss(model: keras.Model, part: Part) -> float:
+    """Cross-entropy of the next character, in bits."""
+    x, y = part
+    logits = ops.concatenate([model(ops.convert_to_tensor(batch)) for batch in np.array_split(x, 4)])
+    nats = keras.losses.sparse_categorical_crossentropy(ops.convert_to_tensor(y), logits, from_logits=True)
+    return float(ops.convert_to_numpy(ops.mean(nats))) / float(np.log(2))
