@@ -128,6 +128,12 @@ add_gradients = _native.add_gradients
 scale_gradient = _native.scale_gradient
 """A multiple of a gradient; of a sparse one sparse."""
 
+weighted_gradients = _native.weighted_gradients
+"""The sum of gradients of one shape, each times a weight: a scalar tensor in its dtype; of sparse ones sparse."""
+
+inner_products = _native.inner_products
+"""The inner products of tensors of one shape, `(n, n)`."""
+
 dense_gradients = _native.dense_gradients
 """Dense tensors of one shape with the inner products of some gradients: of sparse ones the rows that they have."""
 

@@ -21,10 +21,12 @@ from equalize._backend.tensors import (
     Computation,
     Tensor,
     WriteTracker,
+    inner_products_of_rows,
     mark_nans,
     mix_in_passes,
     track_one_by_one,
     unstacked,
+    weighted_one_by_one,
     write_one_by_one,
 )
 
@@ -162,6 +164,14 @@ def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
 
 def scale_gradient(gradient: Tensor, factor: float | Tensor) -> Tensor:
     return gradient * factor
+
+
+def weighted_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return weighted_one_by_one(add_gradients, scale_gradient, gradients, weights)
+
+
+def inner_products(tensors: Sequence[Tensor]) -> Tensor:
+    return inner_products_of_rows(columns(tensors).map(stack), product)
 
 
 def dense_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:

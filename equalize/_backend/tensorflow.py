@@ -19,9 +19,11 @@ from equalize._backend.tensors import (
     Columns,
     Tensor,
     WriteTracker,
+    inner_products_of_rows,
     mark_nans,
     mix_in_passes,
     track_one_by_one,
+    weighted_one_by_one,
     write_one_by_one,
 )
 
@@ -169,6 +171,14 @@ def scale_gradient(gradient: Tensor, factor: float | Tensor) -> Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
     return gradient * factor
+
+
+def weighted_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return weighted_one_by_one(add_gradients, scale_gradient, gradients, weights)
+
+
+def inner_products(tensors: Sequence[Tensor]) -> Tensor:
+    return inner_products_of_rows(columns(tensors).map(stack), product)
 
 
 def dense_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -15,12 +15,24 @@ from keras import ops
 
 from equalize._backend.common import current_scope, is_variable
 from equalize._backend.keras_private import held_value, in_symbolic_scope, replace_torch_parameter
-from equalize._backend.tensors import Columns, Tensor, WriteTracker, mix_in_passes, track_one_by_one, write_one_by_one
+from equalize._backend.tensors import (
+    Columns,
+    Tensor,
+    WriteTracker,
+    inner_products_of_rows,
+    mix_in_passes,
+    track_one_by_one,
+    write_one_by_one,
+)
 
 _COPY = getattr(torch, "_foreach_copy_")  # noqa: B009 - PyTorch lists it for no type checker
 _LERP = getattr(torch, "_foreach_lerp")  # noqa: B009 - PyTorch lists it for no type checker
 _VERSION = operator.attrgetter("_version")
 _DEREFERENCE = weakref.ref.__call__
+
+
+# So many rows are multiplied with each other as they are; more of them are faster as a matrix, which is a copy.
+_FEW_ROWS = 6
 
 
 def is_raw_variable(x: Any) -> bool:
@@ -143,6 +155,26 @@ def add_gradients(gradients: Sequence[Tensor]) -> Tensor:
 
 def scale_gradient(gradient: Tensor, factor: float | Tensor) -> Tensor:
     return gradient * factor
+
+
+def weighted_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    (first, *others), (weight, *further) = gradients, weights
+    total = first * weight
+    for gradient, more in zip(others, further, strict=True):
+        total.addcmul_(gradient, more)  # in one pass
+    return total
+
+
+def inner_products(tensors: Sequence[Tensor]) -> Tensor:
+    n = len(tensors)
+    if n > _FEW_ROWS:
+        return inner_products_of_rows(columns(tensors).map(stack), product)
+    flat = [x.reshape(-1) for x in tensors]
+    products = torch.stack([torch.dot(flat[i], flat[j]) for i in range(n) for j in range(i + 1)])
+    i, j = torch.tril_indices(n, n)
+    gramian = products.new_zeros((n, n))
+    gramian[i, j] = gramian[j, i] = products
+    return gramian
 
 
 def dense_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:

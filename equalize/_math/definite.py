@@ -4,6 +4,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
+from equalize._backend.tensors import inner_products_of_rows
 
 # What is infeasible by less is rounding, of matrices whose diagonal is about 1.
 _FEASIBLE = 1e-6
@@ -14,7 +15,7 @@ _PATIENCE = 3
 
 def gramian(columns: backend.Columns) -> Tensor:
     """The inner products of n rows, `(n, n)`; the function that maps the columns has stacked them."""
-    return columns.compute(lambda rows: (backend.product(rows, ops.transpose(rows)), []))[0]
+    return inner_products_of_rows(columns, backend.product)
 
 
 def inverse(matrix: Tensor) -> Tensor:

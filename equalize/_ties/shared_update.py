@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ from keras import ops
 
 from equalize import _backend as backend
 from equalize._backend import Tensor
-from equalize._math import definite, means
+from equalize._math import means
 from equalize._ties.bound import leads
 from equalize._ties.member import Member
 from equalize._ties.tied_group import TiedGroup, by_tie
@@ -99,16 +99,30 @@ def reduced_gradients(
         tie = [of_group[id(group)] for group in groups]
         pulled = [update.pulled(gradients) for update in tie]
         weighed = reduction if isinstance(reduction, str) else _weighed(groups[0], pulled, reduction)
-        for update, of_uses in zip(tie, pulled, strict=True):
-            total = backend.add_gradients(list(of_uses.values())) if of_uses else None
-            if weighed == "mean" and total is not None:
+        for update, of_uses, total in zip(tie, pulled, _totals(pulled, weighed), strict=True):
+            if weighed == "mean" and of_uses:
                 total = backend.scale_gradient(total, 1.0 / len(update.moving))
             update.reduce(total, reduced, kept)
     return dict(sorted(reduced.items()))
 
 
-def _weighed(group: TiedGroup, pulled: list[dict[int, Tensor]], weigh: Callable[..., Tensor | str]) -> str:
-    """Multiplies the gradients of one tie's uses by their weights, and says what is left to do with them."""
+Weighed: TypeAlias = "str | dict[int, Tensor]"
+"""How the gradients of a tie are reduced: `"sum"`, `"mean"`, or by a weight for each use."""
+
+
+def _totals(pulled: Sequence[Mapping[int, Tensor]], weighed: Weighed) -> Iterator[Tensor | None]:
+    """For each group of a tie the sum of the gradients of its uses, weighed where there are weights."""
+    for of_uses in pulled:
+        gradients = list(of_uses.values())
+        if not gradients or isinstance(weighed, str):
+            yield backend.add_gradients(gradients) if gradients else None
+        else:
+            weights = [ops.cast(weighed[use], backend.dtype(gradients[0])) for use in of_uses]
+            yield backend.weighted_gradients(gradients, weights)
+
+
+def _weighed(group: TiedGroup, pulled: list[dict[int, Tensor]], weigh: Callable[..., Tensor | str]) -> Weighed:
+    """Weighs the gradients of one tie's uses, by those of all its groups."""
     uses = sorted({use for of_uses in pulled for use in of_uses})
     if not uses:
         return "sum"
@@ -117,12 +131,10 @@ def _weighed(group: TiedGroup, pulled: list[dict[int, Tensor]], weigh: Callable[
     weights = weigh(group, gramian)
     if isinstance(weights, str):
         return weights
-    for of_uses, (whole, replicas) in zip(pulled, together, strict=True):
-        for use, gradient in zip(list(of_uses), whole, strict=True):
-            # The inner optimizer adds up over replicas what is a sum over them already.
-            weight = ops.cast(weights[uses.index(use)] / replicas, backend.dtype(gradient))
-            of_uses[use] = backend.scale_gradient(gradient, weight)
-    return "sum"
+    for of_uses, (whole, _) in zip(pulled, together, strict=True):
+        of_uses.update(zip(of_uses, whole, strict=True))
+    # The inner optimizer adds up over replicas what is a sum over them already.
+    return {use: weights[place] / together[0][1] for place, use in enumerate(uses)}
 
 
 def _gramian(uses: Sequence[int], given: Iterable[int], gradients: Sequence[Tensor]) -> Tensor:
@@ -130,7 +142,7 @@ def _gramian(uses: Sequence[int], given: Iterable[int], gradients: Sequence[Tens
     if not gradients:
         return 0.0
     dense = [means.widen(gradient) for gradient in backend.dense_gradients(gradients)]
-    gramian = ops.cast(definite.gramian(backend.columns(dense).map(backend.stack)), "float32")
+    gramian = ops.cast(backend.inner_products(dense), "float32")
     places = [uses.index(use) for use in given]
     if len(places) == len(uses):
         return gramian
