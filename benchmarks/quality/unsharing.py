@@ -50,7 +50,7 @@ WAYS = {
 
 def blocks(options: Options) -> int:
     """How many blocks the transformer has."""
-    return options.choose(2, 4, 4)
+    return options.choose(2, 2, 4)
 
 
 def splits(options: Options) -> int:
@@ -60,12 +60,12 @@ def splits(options: Options) -> int:
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(4, 12, 60) * STRETCH
+    return options.choose(4, 8, 60) * STRETCH
 
 
 def part(options: Options) -> int:
     """How many steps from one measurement to the next."""
-    return steps(options) // options.choose(2, 3, 10)
+    return steps(options) // options.choose(2, 2, 10)
 
 
 class Unsharing(Task):
