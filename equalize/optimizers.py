@@ -267,9 +267,15 @@ class TiedOptimizer(keras.optimizers.Optimizer):
                 "Expected: a model that has taken its state back. Call `model.jax_state_sync()` first, as "
                 "`equalize.callbacks.TieSchedule` does."
             )
-        before = self._updates_as_built()
+        try:
+            before = self._updates_as_built()
+        except EqualizeError:  # its ties have changed before, which it says when it is used again
+            yield
+            return
         yield
-        self._rebuild(before, self._updates(self._trained))
+        after = self._updates(self._trained)
+        if after != before:
+            self._rebuild(before, after)
 
     def _rebuild(self, before: Sequence[SharedUpdate], after: Sequence[SharedUpdate]) -> None:
         """Has the inner optimizer update what is tied now, with slots from what was tied before."""
@@ -708,7 +714,10 @@ def _checked_reduction(reduction: Any) -> str | Reduction:
 def _weights_of(reduction: Reduction, gramian: Tensor, step: Tensor) -> Tensor:
     """The weights that a reduction gives, checked."""
     reduction.step = step
-    weights = ops.convert_to_tensor(reduction.weights(gramian))
+    try:
+        weights = ops.convert_to_tensor(reduction.weights(gramian))
+    finally:
+        del reduction.step  # which may be a placeholder of a trace
     if tuple(weights.shape) != (gramian.shape[0],):
         raise EqualizeError(
             f"`weights` of {type(reduction).__name__} must return one number for each of {gramian.shape[0]} uses, of "

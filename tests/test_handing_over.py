@@ -173,6 +173,26 @@ def test_slots_of_a_group_that_ended_are_there_once_a_member():
     assert len(optimizer.variables) == held
 
 
+def test_a_group_may_begin_with_an_anchor_and_an_outdated_optimizer_is_left_alone():
+    members, registry = pair()
+    other = keras.Variable(np.ones(2, "float32"))
+    optimizer = TiedOptimizer("adam", registry)
+    optimizer.build([*members, other])
+    registry.replace("pair", None)
+    members[0].trainable = False
+    registry.replace("pair", Equal())
+    optimizer.apply([ops.ones((4, 3)), ops.ones(2)], [members[1], other])
+    assert np.all(array(members[1]) == 1.0)
+    assert np.all(array(other) < 1.0)
+    late = [keras.Variable(np.ones(2, "float32")) for _ in range(2)]
+    registry.tie("late", late, None)
+    registry.untie("pair")
+    registry.replace("late", Equal())
+    members[0].trainable = True
+    with pytest.raises(EqualizeError, match="Ties have changed since the optimizer was built"):
+        optimizer.apply([ops.ones((4, 3)), ops.ones((4, 3)), ops.ones(2)], [*members, other])
+
+
 def towers(optimizer="adam"):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))

@@ -29,7 +29,7 @@ def rebuild(optimizer: Any, variables: list[keras.Variable], source: Source) -> 
     before = [(keras_private.slots(each), keras_private.own_values(each), _degrees(each)) for each in nested]
     for each in nested:
         keras_private.unbuild(each)
-    with backend.scope_of(variables[0]):
+    with backend.scope_of(keras_private.steps_taken(nested[-1])):
         optimizer.build(variables)
     for each, (slots, own, degrees) in zip(nested, before, strict=True):
         for name, value in keras_private.own_values(each).items():
