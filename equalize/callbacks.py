@@ -258,18 +258,19 @@ class TieMonitor(keras.callbacks.Callback):
         """Under a TiedOptimizer, gives all members what `SwapEMAWeights` wrote to one."""
         for optimizer in self._averaging():
             if optimizer.built:
-                self._take_back()
+                _take_back(self.model)
                 optimizer.follow()
 
     def _spread(self) -> dict[str, float]:
         """The spread of every group, of the weights as they are now."""
-        self._take_back()
+        _take_back(self.model)
         return self.registry.spread()
 
-    def _take_back(self) -> None:
-        """During an epoch on JAX the weights are in the compiled step, not in the model."""
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()
+
+def _take_back(model: keras.Model) -> None:
+    """During an epoch on JAX the weights are in the compiled step, not in the model, until it takes them back."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
 
 
 def _project(variable: keras.Variable) -> None:
@@ -368,7 +369,22 @@ class FactorSchedule(keras.callbacks.Callback):
             logs.update({f"factor/{group.name}": group.tying.strength for group in self._groups()})
 
 
-class TieSchedule(keras.callbacks.Callback):
+class _CountsSteps(keras.callbacks.Callback):
+    """Counts the steps of a `fit` over its epochs: batches, of which several may run at once."""
+
+    _steps = _before = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._steps = self._before = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._before = self._steps
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._steps = self._before + batch + 1
+
+
+class TieSchedule(_CountsSteps):
     """Changes the rule of a group at given epochs or steps: ties that end, begin or turn soft within one `fit`.
 
     Share, then unshare: tied at first, weights learn what is common from all gradients; set free later, each goes its
@@ -424,20 +440,21 @@ class TieSchedule(keras.callbacks.Callback):
             raise EqualizeError(f"`rules` must have at least one rule. Received: {received(rules)}.")
         self.rules = {arguments.integer("rules", start, low=0): rule for start, rule in rules.items()}
         self._due: int | None = None
-        self._first = self._steps = self._before = 0
+        self._first = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        super().on_train_begin(logs)
         groups = self._groups()
         if not _has_member(self.model, groups):
             raise NotLinkedError(
                 f"TieSchedule has nothing to change in the model '{self.model.name}': group '{self.name}' has no "
                 "member there. Expected: the registry that this model is linked by."
             )
-        self._due, self._steps = None, 0
+        self._due = None
         self._first = int(backend.array(keras_private.steps_taken(wrapping.parts(self.model.optimizer)[0][-1]).value))
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._before = self._steps
+        super().on_epoch_begin(epoch, logs)
         if not self.on_step:
             self._change(epoch)
 
@@ -445,27 +462,24 @@ class TieSchedule(keras.callbacks.Callback):
         if self.on_step:
             self._change(self._first + self._before + batch)
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        self._steps = self._before + batch + 1
-
     def _change(self, now: int) -> None:
         """Gives the group the rule that holds now, unless it has it."""
         due = max((start for start in self.rules if start <= now), default=None)
         if due is None or due == self._due:
             return
         self._due, rule = due, self.rules[due]
-        if all(_described(group.rule) == _described(rule) for group in self._groups()):
+        if all(_settings(group.rule) == _settings(rule) for group in self._groups()):
             return
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()
+        _take_back(self.model)
         self.registry.replace(self.name, rule)
 
     def _groups(self) -> list[TiedGroup]:
         return self.registry.select([self.name], statistics=False)
 
 
-def _described(rule: Rule | None) -> str:
-    return "" if rule is None else rule.describe()
+def _settings(rule: Rule | None) -> Any:
+    """What makes two rules one: all that their members agree on, and what they have inside."""
+    return None if rule is None else (type(rule), rule.common_config(), rule.get_config().get("inner"))
 
 
 def _has_member(model: keras.Model, groups: Iterable[TiedGroup]) -> bool:
@@ -479,7 +493,7 @@ def _retrace_groups(groups: Sequence[TiedGroup]) -> None:
         living.retrace(member.variable for group in groups for member in group.members)
 
 
-class PeriodicSync(keras.callbacks.Callback):
+class PeriodicSync(_CountsSteps):
     """Makes the members of groups equal after every n-th step, and leaves them alone in between.
 
     Local SGD: replicas that train on different data become equal now and then, to their mean, as in federated
@@ -549,9 +563,9 @@ class PeriodicSync(keras.callbacks.Callback):
                 f'An outer optimizer needs the change of the mean. Expected: `method="mean"`. Received: {method!r}.'
             )
         self._agreed: dict[str, keras.Variable] = {}
-        self._steps = self._before = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        super().on_train_begin(logs)
         groups = self._groups()
         if not _has_member(self.model, groups):
             raise NotLinkedError(
@@ -563,7 +577,6 @@ class PeriodicSync(keras.callbacks.Callback):
             group.drivers.add(self)
         if followed:
             self._watch(followed)
-        self._steps = 0
         if self.outer_optimizer is not None:
             self._agree()
 
@@ -597,21 +610,18 @@ class PeriodicSync(keras.callbacks.Callback):
         """Whether a `fit` that runs has this callback; one that was interrupted has told nobody."""
         return any(callback is self for callbacks in _running_fits() for callback in callbacks)
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._before = self._steps
-
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         followed = self._followed()
         if followed and not isinstance(self.model.train_function, _Watched):  # something else retraced it
             self._watch(followed)
-        last, self._steps = self._steps, self._before + batch + 1
+        last = self._steps
+        super().on_train_batch_end(batch, logs)
         if last // self.every != self._steps // self.every:
             self.synchronize()
 
     def synchronize(self) -> None:
         """Makes the members equal now."""
-        if hasattr(self.model, "jax_state_sync"):
-            self.model.jax_state_sync()
+        _take_back(self.model)
         led = self._led() if self._agreed else []
         for group in self._groups():
             if not group.tying.directed and group not in led:

@@ -16,7 +16,7 @@ from equalize._linking import validation
 from equalize._ties import slots
 from equalize._ties.bound import group_of, leads, ties_on
 from equalize._ties.following import follow_leaders
-from equalize._ties.member import listing
+from equalize._ties.member import Member, listing
 from equalize._ties.shared_update import SharedUpdate, reduced_gradients, shared_updates, underway, updated_indices
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
@@ -286,21 +286,30 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             _require_one_treatment(update, self.inner_optimizer)
             update.group.sync("mean")
 
-        def source(kind: str, old: Mapping[int, Any], variable: keras.Variable, degree: int) -> Tensor | None:
-            value = old.get(id(variable))
-            for update in ended:
-                leader = update.led_by
-                slot = None if leader is None else old.get(id(leader.variable))
+        # By variables: of ended groups each member, with what led it; of those that begin what leads them, with all.
+        parts: dict[int, list[tuple[Member, Member, float]]] = {}
+        for update in ended:
+            if update.led_by is not None:
                 for _, member in update.moving:
-                    if member.variable is variable and leader is not None and slot is not None:
-                        common = slots.pulled(leader, slot, degree) / self._size(update) ** degree
-                        value = slots.shown(member, common, degree, value)
-            for update in begun:
-                held = [(member, old.get(id(member.variable))) for _, member in update.moving]
+                    ended_here = (member, update.led_by, self._size(update))
+                    parts.setdefault(id(member.variable), []).append(ended_here)
+        led: dict[int, list[tuple[Member, list[Member], float]]] = {}
+        for update in begun:
+            if update.led_by is not None:
+                members = [member for _, member in update.moving]
+                led.setdefault(id(update.led_by.variable), []).append((update.led_by, members, self._size(update)))
+
+        def source(old: Mapping[int, Any], variable: keras.Variable, degree: int) -> Tensor | None:
+            value = old.get(id(variable))
+            for member, leader, size in parts.get(id(variable), ()):
+                slot = old.get(id(leader.variable))
+                if slot is not None:
+                    value = slots.shown(member, slots.pulled(leader, slot, degree) / size**degree, degree, value)
+            for leader, members, size in led.get(id(variable), ()):
+                held = [(member, old.get(id(member.variable))) for member in members]
                 known = [slots.pulled(member, slot, degree) for member, slot in held if slot is not None]
-                if known and update.led_by is not None and update.led_by.variable is variable:
-                    common = sum(known) / len(known) * self._size(update) ** degree
-                    value = slots.shown(update.led_by, common, degree, value)
+                if known:
+                    value = slots.shown(leader, sum(known) / len(known) * size**degree, degree, value)
             return None if value is None else backend.tensor(value)
 
         self._updated = tuple(updated_indices(after, len(self._trained)))

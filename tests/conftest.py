@@ -263,3 +263,14 @@ def value_and_gradients(function, variables):
 
 def gradients(function, variables):
     return value_and_gradients(function, variables)[1]
+
+
+def two_towers():
+    """Two layers that see one input and have a target each, tied, and their registry."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    made = [keras.layers.Dense(3, name=f"tower_{i}") for i in range(2)]
+    registry = equalize.GroupRegistry()
+    model = keras.Model(inputs, [tower(inputs) for tower in made])
+    registry.tie("towers", made, equalize.constraints.Equal())
+    return model, registry

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from keras import ops
 
 import equalize
 from equalize._backend import keras_private
@@ -13,11 +13,11 @@ from equalize.constraints import Equal
 from equalize.errors import EqualizeError, NotLinkedError
 from equalize.optimizers import TiedOptimizer
 from equalize.reductions import MGDA
-from equalize.regularizers import MeanL2
+from equalize.regularizers import MeanL2, PairwiseL2
 from equalize.saving import load_model, save_model
 from equalize.views import Scale, Slice, Transpose
 from tests.bare import random_gradients, stepper
-from tests.conftest import BACKEND, MODES, bitwise_equal
+from tests.conftest import BACKEND, MODES, bitwise_equal, two_towers
 
 
 def array(x):
@@ -162,6 +162,17 @@ def test_what_the_inner_optimizer_was_set_to_stays():
     assert np.all(np.isfinite(array(members[0])))
 
 
+def test_a_group_that_begins_is_equal_at_once():
+    members, registry = pair()
+    registry.replace("pair", None)
+    optimizer = TiedOptimizer("adam", registry)
+    optimizer.build(members)
+    members[1].assign(3.0 * ops.ones((4, 3)))
+    registry.replace("pair", Equal())
+    assert bitwise_equal(*members)
+    assert np.all(array(members[0]) == 2.0)
+
+
 def test_slots_of_a_group_that_ended_are_there_once_a_member():
     members, registry = pair()
     optimizer = TiedOptimizer("adam", registry)
@@ -193,14 +204,9 @@ def test_a_group_may_begin_with_an_anchor_and_an_outdated_optimizer_is_left_alon
         optimizer.apply([ops.ones((4, 3)), ops.ones((4, 3)), ops.ones(2)], [*members, other])
 
 
-def towers(optimizer="adam"):
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((4,))
-    made = [layers.Dense(3, name=f"tower_{i}") for i in range(2)]
-    model = keras.Model(inputs, [tower(inputs) for tower in made])
-    registry = equalize.GroupRegistry()
-    registry.tie("towers", made, Equal())
-    model.compile(TiedOptimizer(optimizer, registry), ["mse", "mse"])
+def towers():
+    model, registry = two_towers()
+    model.compile(TiedOptimizer("adam", registry), ["mse", "mse"])
     return model, registry
 
 
@@ -272,6 +278,16 @@ def test_a_run_is_resumed_in_the_middle_of_a_schedule(tmp_path, on_step, stop):
     for ours, theirs in zip(model.weights, loaded.weights, strict=True):
         np.testing.assert_allclose(array(ours), array(theirs), rtol=1e-6)
     assert not bitwise_equal(*(layer.kernel for layer in loaded.layers[1:]))
+
+
+def test_rules_that_differ_in_a_matrix_only_are_two():
+    model, registry = towers()
+    weak, strong = ([[0.0, factor], [factor, 0.0]] for factor in (0.1, 0.2))
+    registry.replace("towers", PairwiseL2(factor=weak))
+    model.compile("sgd", ["mse", "mse"])
+    schedule = TieSchedule(registry, "towers", {1: PairwiseL2(factor=strong)})
+    model.fit(*data(), epochs=2, verbose=0, callbacks=[schedule])
+    assert registry["towers/kernel"].rule.factor[0][1] == 0.2
 
 
 def test_what_cannot_be_scheduled_is_an_error():

@@ -170,6 +170,10 @@ def building_an_optimizer_once_more():
     assert len(optimizer.variables) == count
     assert (int(optimizer.iterations), float(optimizer.learning_rate)) == (1, 0.25)
     optimizer.apply([ops.ones(variables[1].shape)], variables[1:2])
+    keras_private.unbuild(optimizer)
+    optimizer.build(variables[:1])
+    with pytest.raises(ValueError, match="Unknown variable"):
+        optimizer.apply([ops.ones(variables[1].shape)], variables[1:2])
 
 
 def what_weight_decay_applies_to():

@@ -24,7 +24,7 @@ FOLDER = pathlib.Path(equalize.__file__).parent
 
 # Places that only a step on JAX reaches, by file and function.
 ON_JAX = {("_ties/tied_group.py", name) for name in ("_anchored_value", "require_reach", "_require_values")}
-ON_JAX.add(("optimizers.py", "handing_over"))
+ON_JAX |= {("optimizers.py", "handing_over")}
 
 
 def wrapped(text):

@@ -21,7 +21,7 @@ from equalize.reductions import MGDA, PCGrad, Reduction, UPGrad
 from equalize.saving import load_model, save_model
 from equalize.views import Transpose
 from tests.bare import random_gradients, stepper
-from tests.conftest import BACKEND, MODES, bitwise_equal
+from tests.conftest import BACKEND, MODES, bitwise_equal, two_towers
 
 ALL = (PCGrad(seed=3), MGDA(), UPGrad())
 
@@ -280,17 +280,6 @@ def test_sparse_gradients_have_the_inner_products_of_dense_ones(mode):
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
-def conflicted_model():
-    """Two towers whose losses pull their common weights apart, and a registry."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((4,))
-    towers = [layers.Dense(3, name=f"tower_{i}") for i in range(2)]
-    model = keras.Model(inputs, [tower(inputs) for tower in towers])
-    registry = equalize.GroupRegistry()
-    registry.tie("towers", towers, Equal())
-    return model, registry
-
-
 def opposed():
     random = np.random.default_rng(0)
     x = random.normal(size=(24, 4)).astype("float32")
@@ -301,7 +290,7 @@ def opposed():
 @pytest.mark.parametrize("reduction", [*ALL, Proportions()], ids=lambda reduction: type(reduction).__name__)
 def test_a_run_goes_on_after_saving_and_loading(tmp_path, reduction):
     x, y = opposed()
-    model, registry = conflicted_model()
+    model, registry = two_towers()
     inner = keras.optimizers.Adam(0.01, clipnorm=1.0, gradient_accumulation_steps=2)
     model.compile(TiedOptimizer(inner, registry, reduction=reduction), ["mse", "mse"])
     model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
@@ -322,7 +311,7 @@ def test_a_whole_run_is_that_of_torchjd():
     torchjd = pytest.importorskip("torchjd.aggregation")
     x, y = opposed()
     for reduction, aggregator in ((UPGrad(), torchjd.UPGrad()), (PCGrad(seed=0), torchjd.PCGrad())):
-        model, registry = conflicted_model()
+        model, registry = two_towers()
         start = model.layers[1].kernel.value.detach().clone(), model.layers[1].bias.value.detach().clone()
         model.compile(TiedOptimizer(keras.optimizers.SGD(0.05), registry, reduction=reduction), ["mse", "mse"])
         model.fit(x, y, batch_size=8, epochs=5, shuffle=False, verbose=0)
@@ -363,7 +352,7 @@ def test_conflicts_are_logged_without_changing_a_bit(mode, reduction):
     y = [30.0 * target for target in y]  # so that all steps conflict
     kernels = []
     for gradients in (False, True):
-        model, registry = conflicted_model()
+        model, registry = two_towers()
         model.compile(TiedOptimizer("sgd", registry, reduction=reduction), ["mse", "mse"], **MODES[mode])
         monitor = TieMonitor(registry, gradients=gradients)
         callbacks = [monitor] if gradients else []
@@ -410,7 +399,7 @@ def test_the_smallest_cosine_and_the_norm_are_those_of_the_gradients():
 
 def test_gradients_are_seen_under_a_tied_optimizer_only():
     x, y = opposed()
-    model, registry = conflicted_model()
+    model, registry = two_towers()
     model.compile("sgd", ["mse", "mse"])
     with pytest.raises(EqualizeError, match="TieMonitor cannot see gradients in the model"):
         model.fit(x, y, verbose=0, callbacks=[TieMonitor(registry, gradients=True)])

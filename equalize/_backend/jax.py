@@ -26,7 +26,6 @@ from equalize._backend.tensors import (
     mix_in_passes,
     track_one_by_one,
     unstacked,
-    weighted_one_by_one,
     write_one_by_one,
 )
 
@@ -167,7 +166,7 @@ def scale_gradient(gradient: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def weighted_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    return weighted_one_by_one(add_gradients, scale_gradient, gradients, weights)
+    return add_gradients([scale_gradient(g, weight) for g, weight in zip(gradients, weights, strict=True)])
 
 
 def inner_products(tensors: Sequence[Tensor]) -> Tensor:

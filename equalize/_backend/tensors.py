@@ -84,13 +84,3 @@ def unstacked(rows: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 def inner_products_of_rows(columns: Columns, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The inner products of n rows, `(n, n)`; the function that maps the columns has stacked them."""
     return columns.compute(lambda rows: (product(rows, ops.transpose(rows)), []))[0]
-
-
-def weighted_one_by_one(
-    add: Callable[[Sequence[Tensor]], Tensor],
-    scale: Callable[[Tensor, Tensor], Tensor],
-    gradients: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> Tensor:
-    """The sum of gradients, each times a weight."""
-    return add([scale(gradient, weight) for gradient, weight in zip(gradients, weights, strict=True)])

@@ -187,7 +187,7 @@ def over_replicas(gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
 
 def stateless_uniform(shape: Sequence[int], seed: int, step: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed((seed << 32) + int(step))
-    return torch.rand(tuple(shape), generator=generator).to(torch.get_default_device())
+    return ops.convert_to_tensor(torch.rand(tuple(shape), generator=generator))  # on the device of the others
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

@@ -13,8 +13,8 @@ from equalize import _backend as backend
 from equalize._backend import Tensor, keras_private, wrapping
 from equalize._ties.member import Member
 
-Source = Callable[[str, Mapping[int, Any], keras.Variable, int], "Tensor | None"]
-"""From a kind of slot, the old slots by the ids of variables, a variable and the degree of the kind: its new value."""
+Source = Callable[[Mapping[int, Any], keras.Variable, int], "Tensor | None"]
+"""From the old slots of one kind, by the ids of variables, a variable and the degree of the kind: its new value."""
 
 
 def rebuild(optimizer: Any, variables: list[keras.Variable], source: Source) -> None:
@@ -38,7 +38,7 @@ def rebuild(optimizer: Any, variables: list[keras.Variable], source: Source) -> 
         for kind, of_variables in keras_private.slots(each).items():
             for variable in keras_private.updated_variables(each):
                 slot = of_variables.get(id(variable))
-                value = source(kind, slots.get(kind, {}), variable, degrees.get(kind, 0))
+                value = source(slots.get(kind, {}), variable, degrees.get(kind, 0))
                 if slot is not None and value is not None and tuple(value.shape) == tuple(slot.shape):
                     slot.assign(ops.cast(value, backend.dtype(slot)))
 
