@@ -17,7 +17,14 @@ from equalize._ties import slots
 from equalize._ties.bound import group_of, leads, ties_on
 from equalize._ties.following import follow_leaders
 from equalize._ties.member import Member, listing
-from equalize._ties.shared_update import SharedUpdate, reduced_gradients, shared_updates, underway, updated_indices
+from equalize._ties.shared_update import (
+    SharedUpdate,
+    reduced_gradients,
+    shared_updates,
+    underway,
+    updated_indices,
+    updates_of,
+)
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.reductions import Reduction
@@ -246,13 +253,16 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         self.built = True
 
     @contextlib.contextmanager
-    def handing_over(self) -> Iterator[None]:
+    def handing_over(self, begun: Sequence[TiedGroup]) -> Iterator[None]:
         """While hard groups end or begin: hands their slots to the members, or the members' to them.
 
         A first moment of a sum of n gradients is n times that of one, and a second moment n² times. So slots are
         scaled, by the power of the gradients with which slots of their kind grow, which is measured, and the next step
         of an optimizer such as Adam is as large as the last one was. Of a group that begins, slots and values are the
         means of its members'. The inner optimizer stays, with its settings.
+
+        Args:
+            begun: The groups that begin. They are checked before anything changes.
 
         Raises:
             GroupMismatchError: A group begins, and the inner optimizer treats its members differently.
@@ -272,6 +282,9 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         except EqualizeError:  # its ties have changed before, which it says when it is used again
             yield
             return
+        for update in updates_of(begun, self._trained):
+            _require_all_members(update)
+            _require_one_treatment(update, self.inner_optimizer)
         yield
         after = self._updates(self._trained)
         if after != before:
@@ -282,8 +295,6 @@ class TiedOptimizer(keras.optimizers.Optimizer):
         ended = [update for update in before if update not in after]
         begun = [update for update in after if update not in before]
         for update in begun:
-            _require_all_members(update)
-            _require_one_treatment(update, self.inner_optimizer)
             update.group.sync("mean")
 
         # By variables: of ended groups each member, with what led it; of those that begin what leads them, with all.

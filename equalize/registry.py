@@ -306,8 +306,9 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         changes += [planning.plan_replacement(group, own) for group in self._statistics_of(groups)]
         with contextlib.ExitStack() as stack:
             hard = discovery.required_rule(groups[0].name, rule).hard
-            for optimizer in self.optimizers if any(group.hard != hard for group in groups) else ():
-                stack.enter_context(optimizer.handing_over())
+            turned = [group for group in groups if group.hard != hard]
+            for optimizer in self.optimizers if turned else ():
+                stack.enter_context(optimizer.handing_over(turned if hard else ()))
             for apply in changes:
                 apply()
         self._keep_statistics()

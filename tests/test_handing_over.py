@@ -10,7 +10,7 @@ from equalize._backend import keras_private
 from equalize._ties import slots
 from equalize.callbacks import TieSchedule
 from equalize.constraints import Equal
-from equalize.errors import EqualizeError, NotLinkedError
+from equalize.errors import EqualizeError, GroupMismatchError, NotLinkedError
 from equalize.optimizers import TiedOptimizer
 from equalize.reductions import MGDA
 from equalize.regularizers import MeanL2, PairwiseL2
@@ -171,6 +171,20 @@ def test_a_group_that_begins_is_equal_at_once():
     registry.replace("pair", Equal())
     assert bitwise_equal(*members)
     assert np.all(array(members[0]) == 2.0)
+
+
+def test_members_that_are_treated_differently_are_not_tied_and_nothing_changes():
+    members, registry = pair()
+    registry.replace("pair", None)
+    inner = keras.optimizers.AdamW(weight_decay=0.1)
+    inner.exclude_from_weight_decay([members[1]])
+    optimizer = TiedOptimizer(inner, registry)
+    optimizer.build(members)
+    with pytest.raises(GroupMismatchError, match="the optimizer treats"):
+        registry.replace("pair", Equal())
+    assert registry["pair"].rule is None
+    optimizer.apply([ops.ones((4, 3))] * 2, members)
+    assert not bitwise_equal(*members)
 
 
 def test_slots_of_a_group_that_ended_are_there_once_a_member():

@@ -160,10 +160,17 @@ def shared_updates(
         variables: Variables.
         leaders: The index of the leader that a group has had, by its id, which remains while it may move.
     """
+    return updates_of([group for group in groups if group.hard], variables, leaders)
+
+
+def updates_of(
+    groups: Iterable[TiedGroup], variables: Sequence[keras.Variable], leaders: Mapping[int, int] = _NONE
+) -> list[SharedUpdate]:
+    """The same of all groups, as they are or will be if they are made hard."""
     indices = {id(variable): index for index, variable in enumerate(variables)}
     found = []
     for group in groups:
-        members = group.members if group.hard else ()
+        members = group.members
         uses = [use for use, m in enumerate(members) if not m.anchor and id(m.variable) in indices]
         moving = [(indices[id(members[use].variable)], members[use]) for use in uses]
         if moving:
