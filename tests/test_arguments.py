@@ -451,6 +451,7 @@ CALLED_BY_MEMBERS = {
 }  # of a view
 CALLED_BY_GROUP = {"checked_strength", "having", "penalty", "project", "subset"}  # of a rule
 CALLED_BY_KERAS = {
+    "handing_over",  # of the registry, with its own groups
     "apply_gradients",  # hands over to `apply`
     "exclude_from_weight_decay",
     "finalize_variable_values",
