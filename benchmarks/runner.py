@@ -1,4 +1,4 @@
-"""One run: a progress bar a task, then the table, the file and the pictures.
+"""One run: a progress bar a task, then the tables, the files and the pictures.
 
 What is not timed runs first, a case on each core; then what is timed, one case after the other.
 """
@@ -28,18 +28,20 @@ def run(part: str, options: Options, output: Path, console: Console | None = Non
     for name, package in missing.items():
         console.print(f"[yellow]{name} left out: needs {package}. Install it with: pip install -e '.\\[bench]'")
     settings = report.settings(options)
-    journal = Journal(output / "unfinished.jsonl", settings)
-    continued = len(journal)
-    if continued:
-        console.print(f"Going on with an interrupted run: {continued} cases are there already.")
+    folder = output / settings["backend"]
+    journal = Journal(folder, settings)
+    if len(journal):
+        console.print(f"Going on with an interrupted run: {len(journal)} cases are there already.")
     measure(console, journal, tasks, options)
-    duration = {"wall_seconds": round(time.perf_counter() - started), "cases_from_before": continued}
-    content = report.content({**settings, **duration}, journal, tasks, options, missing)
-    report.write_json(output / "results.json", content)
-    report.draw_pictures(output, content, tasks)
-    report.print_table(console, content)
-    journal.close()
-    console.print(f"{content['wall_seconds']} s; every record is in {output / 'results.json'}")
+    for name in discovery.PARTS:
+        lines = {key: journal.lines(key, t.cases(options)) for key, t in tasks.items() if key.startswith(f"{name}/")}
+        if lines:
+            content = report.content(settings, lines, tasks)
+            report.write_json(folder / f"{name}.json", content)
+            report.draw_pictures(folder, lines, tasks)
+            report.print_tables(console, content)
+    journal.finish()
+    console.print(f"{time.perf_counter() - started:.0f} s; tables, pictures and every record are in {folder}")
     return 1 if missing else 0
 
 
@@ -71,8 +73,8 @@ def measure(console: Console, journal: Journal, tasks: Mapping[str, Task], optio
                 todo += [joblib.delayed(worker.measure)(name, case, options) for case in missing]
             # Other processes are of use from two cases on.
             together = not timed and len(todo) > 1
-            for name, case, seconds, records in joblib.Parallel(
+            for line in joblib.Parallel(
                 n_jobs=-1 if together else 1, return_as="generator_unordered", batch_size=1
             )(todo):
-                journal.add(name, case, seconds, records)
-                progress.advance(bars[name])
+                journal.add(line)
+                progress.advance(bars[line["task"]])

@@ -1,10 +1,11 @@
-"""Writes the tables of docs/performance.md from a run's `results.json`: `python -m benchmarks.tables [--check]`.
+"""Writes the tables of docs/performance.md from `benchmarks/results`: `python -m benchmarks.tables [--check]`.
 
-Between `<!-- results: NAME -->` and `<!-- end -->` stands the table of a task, or what `run` says about the run. A NAME
-may end in a filter, `speed/chain?n = 4`: then only the lines that contain its text.
+Between `<!-- results: NAME -->` and `<!-- end -->` stands what NAME says: `jax/speed` what that part ran on,
+`jax/speed/chain` the table of a task, `jax/speed/chain?n = 4` what of it stands under headings with that text.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -13,43 +14,51 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "results.json"
+RESULTS = HERE / "results"
 PAGES = (HERE.parent / "docs" / "performance.md",)
 BLOCK = re.compile(r"(<!-- results: (?P<name>.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKS = {None: "", True: " ✓", False: " **missed**"}
+
+
+def load() -> dict[str, Any]:
+    """What every part gave on every backend, by names such as `jax/speed`."""
+    paths = sorted(RESULTS.glob("*/*.json"))
+    return {f"{path.parent.name}/{path.stem}": json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def describe(content: Mapping[str, Any]) -> str:
-    """What a run ran on."""
+    """What a part ran on."""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    machine = content["machine"]
-    length = f"{content['wall_seconds'] / 60:.0f} minutes"
-    if content["cases_from_before"]:  # then the wall clock has seen the last part only
-        length = f"{sum(content['seconds'].values()) / 60:.0f} minutes summed over its cases"
-    load = "unknown" if content["load"] is None else f"{content['load']:.1f}"
+    machine, minutes = content["machine"], sum(content["seconds"].values()) / 60
     return (
-        f"`--{content['size']}`, seed {content['seed']}, backend {content['backend']}, {length}. "
-        f"{machine['cores']} cores of {machine['processor']}, {machine['system']}; mean load of the last quarter of an "
-        f"hour, this run's own included: {load}. {versions}.\n"
+        f"Commit {content['commit']}, `--{content['size']}`, seed {content['seed']}, backend {content['backend']}, "
+        f"{minutes:.0f} minutes summed over the cases. {machine['cores']} cores of {machine['processor']}, "
+        f"{machine['system']}; while times were taken, other programs kept at most {content['others']:.2f} of a core busy. "
+        f"{versions}.\n"
     )
 
 
-def table(content: Mapping[str, Any], name: str) -> str:
-    """The table of one task, or the lines of it that contain what follows a question mark in the name."""
-    task, _, text = name.partition("?")
-    lines = [row for row in content["tables"][task]["rows"] if text in row["what"]]
-    goals = any(row["goal"] for row in lines)
-    marks = {None: "", True: " ✓", False: " **missed**"}
-    rows = [("what", "measured", "goal"), ("---",) * 3]
-    rows += [(row["what"], row["measured"], row["goal"] + marks[row["reached"]]) for row in lines]
-    return "".join("| " + " | ".join(row if goals else row[:2]) + " |\n" for row in rows)
+def table(content: Mapping[str, Any], task: str, text: str) -> str:
+    """The table of one task, or what stands under headings that contain the text."""
+    lines = [row for row in content["tables"][task]["rows"] if text in row["heading"]]
+    found = []
+    for heading, group in itertools.groupby(lines, lambda row: row["heading"]):
+        rows = list(group)
+        goals = any(row["goal"] for row in rows)
+        cells = [(heading or "what", "measured", "goal"), ("---", "---:", "---")]
+        cells += [(row["what"], row["measured"], row["goal"] + MARKS[row["reached"]]) for row in rows]
+        found.append("".join("| " + " | ".join(row if goals else row[:2]) + " |\n" for row in cells))
+    return "\n".join(found)
 
 
-def filled(text: str, content: Mapping[str, Any]) -> str:
+def filled(text: str, results: Mapping[str, Any]) -> str:
     """The text of a page with what belongs between its markers."""
 
     def fill(block: re.Match[str]) -> str:
-        name = block["name"]
-        inside = describe(content) if name == "run" else table(content, name)
+        name, _, under = block["name"].partition("?")
+        backend, part, *task = name.split("/")
+        content = results[f"{backend}/{part}"]
+        inside = table(content, f"{part}/{task[0]}", under) if task else describe(content)
         return f"{block[1]}\n{inside}\n{block[3]}"
 
     return BLOCK.sub(fill, text)
@@ -62,14 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is out of step")
     check = parser.parse_args(arguments).check
-    content = json.loads(RESULTS.read_text(encoding="utf-8"))
-    stale = []
+    results, stale = load(), []
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
-        if text != filled(text, content):
+        if text != filled(text, results):
             stale.append(path)
             if not check:
-                path.write_text(filled(text, content), encoding="utf-8")
+                path.write_text(filled(text, results), encoding="utf-8")
     for path in stale:
         print(f"{path}: {'out of step, run `python -m benchmarks.tables`' if check else 'written'}")
     return int(check and bool(stale))

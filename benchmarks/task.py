@@ -49,12 +49,14 @@ class Row:
     Attributes:
         goal: The figure to reach, as a reader would say it; empty where there is none.
         reached: Whether it was reached; None where there is no goal.
+        heading: What it stands under, together with the lines before and after it that stand there.
     """
 
     what: str
     measured: str
     goal: str = ""
     reached: bool | None = None
+    heading: str = ""
 
 
 class Task(abc.ABC):

@@ -108,18 +108,17 @@ def color(name: str) -> str:
     return "#999999" if name == CONTROL else ways.WAYS[name].color
 
 
-def goal_row(what: str, ratio: tuple[float, float, float], goal: float | None) -> Row:
+def goal_row(what: str, ratio: tuple[float, float, float], goal: float | None, heading: str = "") -> Row:
     """The line of the table for a ratio, with the one to reach, where there is one."""
-    if goal is None:
-        return Row(what, as_text(ratio))
-    return Row(what, as_text(ratio), f"<= {goal:.2f}", ratio[1] <= goal)
+    reached = ("", None) if goal is None else (f"<= {goal:.2f}", ratio[1] <= goal)
+    return Row(what, as_text(ratio), *reached, heading)
 
 
-def rows(prefix: str, records: Sequence[Record], goals: Mapping[str, float]) -> list[Row]:
+def rows(heading: str, records: Sequence[Record], goals: Mapping[str, float]) -> list[Row]:
     """The lines of the table for one set of rounds, with the ratios to reach."""
     base = [record["step_seconds"]["untied"] for record in records if "step_seconds" in record]
-    lines = [Row(f"{prefix}untied", f"{1000 * quartiles(base)[1]:.1f} ms")]
-    return lines + [goal_row(prefix + label(name), r, goals.get(name)) for name, r in ratios(records).items()]
+    lines = [Row("untied", f"{1000 * quartiles(base)[1]:.1f} ms", heading=heading)]
+    return lines + [goal_row(label(name), r, goals.get(name), heading) for name, r in ratios(records).items()]
 
 
 def draw(axes: Any, records: Sequence[Record], goals: Mapping[str, float]) -> None:

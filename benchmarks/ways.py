@@ -64,7 +64,7 @@ class Way:
     thorough: bool = False
 
     @property
-    def habit(self) -> bool:
+    def by_hand(self) -> bool:
         """Whether people write it today, without `equalize`."""
         return self.color == colors.PINK
 
@@ -99,7 +99,7 @@ def _exact(groups: Groups, strength: float, optimizer: keras.optimizers.Optimize
 
 
 class _Member(NamedTuple):
-    """A variable and how it shows the common value, for the habits, which do all by hand."""
+    """A variable and how it shows the common value, for the ways that do all by hand."""
 
     variable: keras.Variable
     view: views.View | None
@@ -132,7 +132,7 @@ def _start_equal(members: Sequence[_Member]) -> None:
 
 
 class _StackedMean(keras.constraints.Constraint):
-    """Habit: every call stacks all members, averages them and writes them, n times a step."""
+    """By hand: every call stacks all members, averages them and writes them, n times a step."""
 
     def __init__(self, members: Sequence[_Member], own: _Member):
         self._members = members
@@ -154,7 +154,7 @@ def _stack(groups: Groups, strength: float, optimizer: keras.optimizers.Optimize
 
 
 class _AverageAfterBatch(keras.callbacks.Callback):
-    """Habit: fetch the members after every batch, average in NumPy, and set them."""
+    """By hand: fetch the members after every batch, average in NumPy, and set them."""
 
     def __init__(self, groups: Sequence[Sequence[_Member]]):
         super().__init__()
@@ -177,7 +177,7 @@ def _callback(groups: Groups, strength: float, optimizer: keras.optimizers.Optim
 
 
 class _AllPairs(keras.regularizers.Regularizer):
-    """Habit: the squared distance of every pair, n·(n − 1)/2 of them, in the loss once."""
+    """By hand: the squared distance of every pair, n·(n − 1)/2 of them, in the loss once."""
 
     def __init__(self, members: Sequence[_Member], factor: float):
         self._members = members
@@ -215,23 +215,23 @@ WAYS: dict[str, Way] = {
     "pairwise_norm": _penalty(equalize.regularizers.PairwiseNorm, thorough=True, entrywise=False),
     "chain_l2": _penalty(equalize.regularizers.ChainL2, thorough=True),
     "trace_norm": _penalty(equalize.regularizers.TraceNorm, thorough=True, entrywise=False),
-    "stack": Way("habit: stacked mean", colors.PINK, _stack, hard=True),
-    "callback": Way("habit: set_weights", colors.PINK, _callback, hard=True),
-    "all_pairs": Way("habit: all pairs", colors.PINK, _all_pairs, strength="factor"),
+    "stack": Way("hand-written: stacked mean", colors.PINK, _stack, hard=True),
+    "callback": Way("hand-written: set_weights", colors.PINK, _callback, hard=True),
+    "all_pairs": Way("hand-written: all pairs", colors.PINK, _all_pairs, strength="factor"),
 }
 
 
 def configurations(grids: Mapping[str, Sequence[float]], options: Options) -> list[dict[str, Any]]:
     """The cases of a quality task: every way, those with a strength once for each of its grid.
 
-    A quick run takes every second strength of each grid, and leaves out the thorough ways and the habits, which differ
+    A quick run takes every second strength of each grid, and leaves out the thorough ways and those by hand, which differ
     from `equalize` in what they cost. A smoke run takes only one strength.
     """
     cases = []
     for name, way in WAYS.items():
         grid = grids[way.strength] if way.strength else (0.0,)
         grid = options.choose(grid[:1], grid[::2], grid)
-        if options.size == "full" or not (way.thorough or way.habit):
+        if options.size == "full" or not (way.thorough or way.by_hand):
             cases += [{"way": name, "strength": strength} for strength in grid]
     return cases
 

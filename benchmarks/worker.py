@@ -1,29 +1,30 @@
 """Measures one case, perhaps in a process of its own. Imports Keras only when it measures."""
 
 import contextlib
+import gc
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
+from typing import Any
 
-from benchmarks.task import Case, Options, Record
+from benchmarks import discovery, machine
+from benchmarks.task import Case, Options
 
 
-def measure(name: str, case: Case, options: Options) -> tuple[str, Case, float, list[Record]]:
-    """What was measured, of which task and case, and how many seconds it took."""
+def measure(name: str, case: Case, options: Options) -> dict[str, Any]:
+    """The line of the journal for a case of the task of that name."""
     with _no_notes_of_imports():
-        from benchmarks import discovery
-
         task = discovery.load(name)
         import keras
     # Every task compiles many models, which TensorFlow takes for one that is traced again and again.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    started = time.perf_counter()
-    records = list(task.measure(options, case))
-    seconds = time.perf_counter() - started
-    keras.backend.clear_session()  # collects garbage, too
-    return name, case, seconds, records
+    line: dict[str, Any] = {"task": name, "case": case}
+    with machine.watched(line):
+        line["records"] = list(task.measure(options, case))
+    keras.backend.clear_session()
+    gc.collect()
+    return line
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from benchmarks.task import Case, Options, Record, Row, Task
 PROBES = [("hard", "graph"), ("hard", "eager"), ("stack", "graph")]
 COUNTS = (4, 16)
 COLORS = {"hard": colors.VERMILLION, "stack": colors.PINK}
-LABELS = {"hard": "hard: Equal", "stack": "habit: stacked mean"}
+LABELS = {"hard": "hard: Equal", "stack": "hand-written: stacked mean"}
 GOAL = 1.5
 SHAPE = (2048, 2048)
 MEMBER = SHAPE[0] * SHAPE[1] * 4
@@ -102,7 +102,7 @@ class Memory(Task):
         for record in records:
             added = record["members_added"]
             goal = ("about 1", added <= GOAL) if record["way"] == "hard" else ()
-            lines.append(Row(label(record), f"{added:.2f} members", *goal))
+            lines.append(Row(label(record), f"{added:.2f} members, {added * MEMBER / 2**20:.0f} MiB", *goal))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

@@ -53,7 +53,8 @@ class StepMemory(Task):
     def rows(self, records: Sequence[Record]) -> list[Row]:
         if not records:
             return [Row("not measured", "needs Linux")]
-        return [Row(ways.WAYS[record["way"]].label, f"{record['members']:.1f} members") for record in records]
+        found = [(ways.WAYS[record["way"]].label, record["members"]) for record in records]
+        return [Row(label, f"{members:.1f} members, {members * MEMBER / 2**20:.0f} MiB") for label, members in found]
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         bars = [(ways.WAYS[record["way"]], record["members"]) for record in records]

@@ -68,10 +68,10 @@ class FirstStep(Task):
                 part = where(records, grouping=grouping, way=name)
                 times = {record["count"]: record["seconds"] for record in part}
                 power, most = exponent(times), max(times)
-                what = f"{most:,} {grouping}: {timing.label(name)}"
-                lines.append(Row(what, f"{times[most]:.1f} s"))
+                heading, what = f"{most:,} {grouping}", timing.label(name)
+                lines.append(Row(what, f"{times[most]:.1f} s", heading=heading))
                 goal = ("<= 1.15", power <= 1.15) if name != "untied" else ()
-                lines.append(Row(f"{grouping}: {timing.label(name)}, exponent", f"{power:.2f}", *goal))
+                lines.append(Row(f"{what}, exponent", f"{power:.2f}", *goal, heading=heading))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

@@ -91,8 +91,8 @@ class Scale(Task):
             power = exponent(seconds)
             for variables in (2000, max(seconds)) if max(seconds) > 2000 else (max(seconds),):
                 goal = ("< 2 s", seconds[variables] < 2) if variables == 2000 else ()
-                lines.append(Row(f"{variables:,} variables, {grouping}", f"{seconds[variables]:.2f} s", *goal))
-            lines.append(Row(f"exponent, {grouping}", f"{power:.2f}", "<= 1.15", power <= 1.15))
+                lines.append(Row(f"{variables:,} variables", f"{seconds[variables]:.2f} s", *goal, heading=grouping))
+            lines.append(Row("exponent", f"{power:.2f}", "<= 1.15", power <= 1.15, grouping))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

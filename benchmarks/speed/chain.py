@@ -94,11 +94,11 @@ class Chain(Task):
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []
         for case, part in by_case(records):
-            prefix = f"n = {case['length']}, width {case['width']}, {case['mode']}: "
-            lines += timing.rows(prefix, part, goals(case))
+            heading = f"n = {case['length']}, width {case['width']}, {case['mode']}"
+            lines += timing.rows(heading, part, goals(case))
             exact = timing.ratios(part, "reference")["exact"]
             goal = EXACT_GOALS.get(case["mode"]) if case["width"] == 1024 and case["length"] in (4, 16) else None
-            lines.append(timing.goal_row(f"{prefix}exact / one shared variable", exact, goal))
+            lines.append(timing.goal_row("exact / one shared variable", exact, goal, heading))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

@@ -87,9 +87,12 @@ class Following(Task):
             slower = found["follow"][1] > found["hand_written"][1]
             for name in ("follow", "hand_written"):
                 goal = (f"<= {found['hand_written'][1]:.2f}", not slower) if name == "follow" else ()
-                lines.append(Row(f"width {width}: {LABELS[name]}", timing.as_text(found[name]), *goal))
+                lines.append(Row(LABELS[name], timing.as_text(found[name]), *goal, heading=f"width {width}"))
             peak = {record["memory_of"]: record["bytes"] for record in part if "memory_of" in record}
-            lines += [Row(f"width {width}: {LABELS[name]}, memory", f"{peak[name] / 2**20:.1f} MiB") for name in peak]
+            lines += [
+                Row(f"{LABELS[name]}, memory", f"{peak[name] / 2**20:.1f} MiB", heading=f"width {width}")
+                for name in peak
+            ]
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

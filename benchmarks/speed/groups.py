@@ -52,7 +52,7 @@ class SmallGroups(Task):
         for mode in distinct(records, "mode"):
             for groups in distinct(where(records, mode=mode), "groups"):
                 goals = GOALS.get((mode, groups), {})
-                lines += timing.rows(f"{groups} groups, {mode}: ", where(records, mode=mode, groups=groups), goals)
+                lines += timing.rows(f"{groups} groups, {mode}", where(records, mode=mode, groups=groups), goals)
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

@@ -19,7 +19,7 @@ from benchmarks import colors, timing
 from benchmarks.task import Case, Options, Record, Row, Task, where
 
 GOAL = 1.5
-LABELS = {"read": "reading the members once", "hard": "hard: Equal", "stack": "habit: stacked mean, once"}
+LABELS = {"read": "reading the members once", "hard": "hard: Equal", "stack": "hand-written: stacked mean, once"}
 COLORS = {"read": colors.BLACK, "hard": colors.VERMILLION, "stack": colors.PINK}
 
 
@@ -90,13 +90,13 @@ class Projection(Task):
         lines = []
         for n, width in dict.fromkeys((record["count"], record["width"]) for record in records):
             rounds = [record["seconds"] for record in where(records, count=n, width=width)]
-            prefix = f"n = {n}, {width}×{width}: "
+            heading = f"n = {n}, {width}×{width}"
             median = timing.quartiles([seconds["read"] for seconds in rounds])[1]
-            lines.append(Row(prefix + LABELS["read"], f"{1000 * median:.2f} ms"))
+            lines.append(Row(LABELS["read"], f"{1000 * median:.2f} ms", heading=heading))
             for name in ("hard", "stack"):
                 ratio = timing.quartiles([seconds[name] / seconds["read"] for seconds in rounds])
                 goal = GOAL if (name, n, width) == ("hard", 16, 1024) else None
-                lines.append(timing.goal_row(f"{prefix}{LABELS[name]} / reading", ratio, goal))
+                lines.append(timing.goal_row(f"{LABELS[name]} / reading", ratio, goal, heading))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

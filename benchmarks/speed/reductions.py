@@ -161,7 +161,7 @@ class Reductions(Task):
             found = timing.ratios(where(records, width=width))
             for name in ("PCGrad", "MGDA", "UPGrad", "hand_written"):
                 goal = GOAL if name == "PCGrad" and width == 1024 else None
-                lines.append(timing.goal_row(f"width {width}: {LABELS[name]}", found[name], goal))
+                lines.append(timing.goal_row(LABELS[name], found[name], goal, f"width {width}"))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:

@@ -162,14 +162,14 @@ class EverySize(Task):
         backend, lines = keras.backend.backend(), []
         for name in distinct(records, "model"):
             part, sizes = where(records, model=name), ALL[name]
-            lines += timing.rows(f"{name}: ", part, sizes.goals.get(backend, {}))
+            lines += timing.rows(name, part, sizes.goals.get(backend, {}))
             if {"exact", "reference"} <= set(sizes.ways):
                 exact = timing.ratios(part, "reference")["exact"]
-                lines.append(timing.goal_row(f"{name}: exact / one shared variable", exact, sizes.shared.get(backend)))
+                lines.append(timing.goal_row("exact / one shared variable", exact, sizes.shared.get(backend), name))
             for way, goal in sizes.first.get(backend, {}).items():
                 first = firsts(part)[way]
-                what = f"{name}: first step, {timing.label(way)}"
-                lines.append(Row(what, f"{first:.2f}", f"<= {goal:.2f}", first <= goal))
+                what = f"first step, {timing.label(way)}"
+                lines.append(Row(what, f"{first:.2f}", f"<= {goal:.2f}", first <= goal, name))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
