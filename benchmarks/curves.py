@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks import colors, ways
 from benchmarks.task import Record, distinct, mean_and_error, where
 
 
 def chosen(records: Sequence[Record], name: str, key: str = "test", *, least: bool = False) -> list[float]:
-    """A way's result in each split, at the strength that did best on the split's validation part.
+    """A way's result in each split, at the strength that did best on the validation parts, as a mean over the splits.
 
     Args:
         records: Those of one task, each with `way`, `strength`, `split` and `validation`.
@@ -17,12 +19,12 @@ def chosen(records: Sequence[Record], name: str, key: str = "test", *, least: bo
         least: Whether small validation figures are good, as losses are.
     """
     of_way = where(records, way=name)
-    best = []
-    for split in sorted(distinct(of_way, "split")):
-        candidates = where(of_way, split=split)
-        pick = (min if least else max)(candidates, key=lambda record: record["validation"])
-        best.append(pick[key])
-    return best
+    strengths = distinct(of_way, "strength")
+    best = strengths[0]
+    if len(strengths) > 1:
+        means = {s: np.mean([record["validation"] for record in where(of_way, strength=s)]) for s in strengths}
+        best = (min if least else max)(means, key=means.__getitem__)
+    return [record[key] for record in sorted(where(of_way, strength=best), key=lambda record: record["split"])]
 
 
 def measured(records: Sequence[Record]) -> list[str]:
@@ -42,7 +44,7 @@ def dots(
         mean, error = mean_and_error(values)
         color = known[name].color
         axes.plot(values, [place] * len(values), "o", color=color, alpha=0.3, markersize=5)
-        axes.errorbar(mean, place, xerr=error, color=color, marker="D", markersize=6, capsize=4)
+        axes.errorbar(mean, place, xerr=error, color=color, marker=known[name].marker, markersize=6, capsize=4)
         label = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes.annotate(f"{mean:.{digits}f}", (mean, place), **label)
     axes.set_yticks(range(len(results)), [known[name].label for name in reversed(results)])
@@ -65,7 +67,7 @@ def labelled_lines(
     """A line for each way, over x, with standard errors, named at its right end without overlap."""
     ends = []
     for name, (x, means, errors) in lines.items():
-        axes.errorbar(x, means, errors, color=known[name].color, marker="o", markersize=4, capsize=3)
+        axes.errorbar(x, means, errors, color=known[name].color, marker=known[name].marker, markersize=4, capsize=3)
         ends.append((means[-1], x[-1], name))
     low, high = axes.get_ylim()
     gap, free = (high - low) * 0.055, -float("inf")
@@ -75,7 +77,15 @@ def labelled_lines(
         axes.annotate(f"{known[name].label} {y:.{digits}f}", (x, y), color=known[name].color, **place)
 
 
-def trade(figure: Any, records: Sequence[Record], key: str, what: str, *, digits: int) -> None:
+def trade(
+    figure: Any,
+    records: Sequence[Record],
+    key: str,
+    what: str,
+    *,
+    digits: int,
+    known: Mapping[str, ways.Way] = ways.WAYS,
+) -> None:
     """A panel for each value of a key: results against the number of free weights, each way named beside it."""
     values = distinct(records, key)
     for axes, value in zip(figure.subplots(1, len(values), squeeze=False)[0], values, strict=True):
@@ -84,7 +94,8 @@ def trade(figure: Any, records: Sequence[Record], key: str, what: str, *, digits
         for name in measured(part):
             mean, error = mean_and_error(chosen(part, name, least=True))
             weights = where(part, way=name)[0]["free_weights"]
-            axes.errorbar(weights, mean, error, color=ways.WAYS[name].color, marker="o", markersize=5, capsize=3)
+            way = known[name]
+            axes.errorbar(weights, mean, error, color=way.color, marker=way.marker, markersize=5, capsize=3)
             points.append((weights, mean, name))
         axes.margins(x=0.25, y=0.1)
         most, (low, high) = max(points)[0], axes.get_ylim()
@@ -94,8 +105,9 @@ def trade(figure: Any, records: Sequence[Record], key: str, what: str, *, digits
                 if (weights == most) == side:
                     free = max(mean, free + (high - low) * 0.05)
                     place = {"xytext": (weights, free), "textcoords": "data", "ha": "right" if side else "left"}
-                    text = f"{ways.WAYS[name].label} {mean:.{digits}f}"
+                    text = f"{known[name].label} {mean:.{digits}f}"
                     text = f"{text}   " if side else f"   {text}"
-                    axes.annotate(text, (weights, mean), color=ways.WAYS[name].color, va="center", fontsize=8, **place)
+                    axes.annotate(text, (weights, mean), color=known[name].color, va="center", fontsize=8, **place)
         axes.set(title=f"{key} of {value}" if len(values) > 1 else "", xlabel="free weights", ylabel=what)
         axes.xaxis.set_major_formatter("{x:,.0f}")
+    explain(axes)

@@ -73,8 +73,8 @@ def measure(console: Console, journal: Journal, tasks: Mapping[str, Task], optio
                 todo += [joblib.delayed(worker.measure)(name, case, options) for case in missing]
             # Other processes are of use from two cases on.
             together = not timed and len(todo) > 1
-            for line in joblib.Parallel(
-                n_jobs=-1 if together else 1, return_as="generator_unordered", batch_size=1
-            )(todo):
+            for line in joblib.Parallel(n_jobs=-1 if together else 1, return_as="generator_unordered", batch_size=1)(
+                todo
+            ):
                 journal.add(line)
                 progress.advance(bars[line["task"]])

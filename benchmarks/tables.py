@@ -33,7 +33,7 @@ def describe(content: Mapping[str, Any]) -> str:
     return (
         f"Commit {content['commit']}, `--{content['size']}`, seed {content['seed']}, backend {content['backend']}, "
         f"{minutes:.0f} minutes summed over the cases. {machine['cores']} cores of {machine['processor']}, "
-        f"{machine['system']}; while times were taken, other programs kept at most {content['others']:.2f} of a core busy. "
+        f"{machine['system']}; while times were taken, others kept at most {content['others']:.2f} of a core busy. "
         f"{versions}.\n"
     )
 

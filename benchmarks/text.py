@@ -1,7 +1,7 @@
 """A small transformer that reads text: the next character of Python's own language reference.
 
 Half a million characters that ship with Python (`pydoc_data.topics`). The text is cut into pieces: each split trains on
-random four fifths of them, chooses on a tenth and is tested on a tenth.
+a random nine tenths of them, and is tested on a tenth.
 """
 
 import functools
@@ -13,7 +13,6 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from benchmarks import ways
 from benchmarks.task import Options
 
 WIDTH, HEADS = 32, 2
@@ -23,8 +22,8 @@ Part = tuple[np.ndarray, np.ndarray]
 
 
 @functools.cache
-def load(options: Options, split: int) -> tuple[Part, Part, Part, int]:
-    """Windows of characters and the next ones, to train on, to choose on, and to test on; how many characters."""
+def load(options: Options, split: int) -> tuple[Part, Part, int]:
+    """Windows of characters and the next ones, to train on, and to test on; how many characters there are."""
     text = "\n".join(topics[name] for name in sorted(topics))
     characters = {character: number for number, character in enumerate(sorted(set(text)))}
     codes = np.array([characters[character] for character in text], "int32")
@@ -32,11 +31,14 @@ def load(options: Options, split: int) -> tuple[Part, Part, Part, int]:
     pieces = options.generator(split).permutation(pieces)
     tenth = len(pieces) // 10
     windows = pieces[:, : PIECE // (CONTEXT + 1) * (CONTEXT + 1)].reshape(len(pieces), -1, CONTEXT + 1)
-    test, validation, train = (
-        part.reshape(-1, CONTEXT + 1) for part in (windows[:tenth], windows[tenth : 2 * tenth], windows[2 * tenth :])
-    )
-    train, validation, test = ((part[:, :-1], part[:, 1:]) for part in (train, validation[:1000], test[:1000]))
-    return train, validation, test, len(characters)
+    test, train = (part.reshape(-1, CONTEXT + 1) for part in (windows[:tenth], windows[tenth:]))
+    return (train[:, :-1], train[:, 1:]), (test[:1000, :-1], test[:1000, 1:]), len(characters)
+
+
+def in_order(seed: int, samples: int, count: int) -> np.ndarray:
+    """Which samples to take one after the other: all of them in a random order, again and again, up to the count."""
+    generator = np.random.default_rng(seed)
+    return np.concatenate([generator.permutation(samples) for _ in range(-(-count // samples))])[:count]
 
 
 class Block(layers.Layer):
@@ -71,14 +73,13 @@ class Embedding(layers.Layer):
         return self.characters(x) + self.places(ops.arange(CONTEXT))
 
 
-def build(characters: int, blocks: int, way: ways.Way) -> tuple[keras.Model, ways.Groups]:
-    """The transformer; its blocks are tied."""
+def build(characters: int, blocks: int) -> keras.Model:
+    """The transformer."""
     inputs = keras.Input((CONTEXT,), dtype="int32")
     x = Embedding(characters)(inputs)
-    tied = way.layers(Block, blocks)
-    for block in tied:
-        x = block(x)
-    return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x))), {"blocks": tied}
+    for _ in range(blocks):
+        x = Block()(x)
+    return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
 
 
 def loss(model: keras.Model, part: Part) -> float:

@@ -14,9 +14,11 @@ import numpy as np
 
 from benchmarks import ways
 from benchmarks.task import Options, Record, Row, distinct
-from benchmarks.training import Build
 
 Step = Callable[[], None]
+
+Build = Callable[[], tuple[keras.Model, ways.Groups]]
+"""Makes a model, and says which parts are tied."""
 
 CONTROL = "untied_again"
 """The untied step, timed a second time in each round. On a machine without noise its ratio would be 1."""
@@ -31,9 +33,8 @@ def modes(options: Options) -> tuple[str, ...]:
 def training_step(build: Build, name: str, x: Any, y: Any, mode: str) -> Step:
     """One training step, as `fit` does it, of a model that `build` makes and that is tied in the way of that name."""
     way = ways.WAYS[name]
-    model, groups = build(way)
-    strength = {"factor": 1e-4, "rate": 0.1, "": 0.0}[way.strength]
-    tied = way.attach(groups, strength, keras.optimizers.Adam(1e-4))
+    model, groups = build()
+    tied = way.attach(groups, ways.strength(way), keras.optimizers.Adam(1e-4))
     how = {"run_eagerly": True} if mode == "eager" else {"jit_compile": mode == "xla"}
     model.compile(tied.optimizer, "mse", **how)
     x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)

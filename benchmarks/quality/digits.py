@@ -3,13 +3,12 @@
 The setting of Koch, Zemel and Salakhutdinov, Siamese neural networks for one-shot image recognition (2015): two
 convolutional towers with sigmoid features, the absolute difference of the features, and one logistic unit. The images
 are `scikit-learn`'s 1,797 handwritten digits of 8×8 pixels; a quarter of them is held out and makes the test pairs.
-The strength of each way is chosen, for each split and number of pairs, on pairs of images that are neither trained nor
-tested on. The number of steps is the same for each number of pairs. Does tying save data? Where the curve of untied
-towers reaches with all pairs, tied ones may be with fewer.
+A fifth of the training pairs only chooses strengths. The number of steps is the same for each number of pairs. Does
+tying save data? Where the curve of untied towers reaches with all pairs, tied ones may be with fewer.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -18,28 +17,12 @@ from keras import layers, ops
 from sklearn.datasets import load_digits
 
 from benchmarks import curves, ways
-from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
-from benchmarks.training import Trainer
+from benchmarks.comparing import Compared, Problem, epochs
+from benchmarks.task import Case, Options, Record, Row, distinct, mean_and_error, plus_minus, where
 
-GRIDS = {"factor": (0.001, 0.01, 0.1), "rate": (0.003, 0.03, 0.3)}
 BATCH = 50
 
 Pairs = tuple[tuple[np.ndarray, np.ndarray], np.ndarray]
-
-
-def sizes(options: Options) -> tuple[int, ...]:
-    """Numbers of pairs to train on."""
-    return options.choose((50, 100), (200, 800, 3200), (200, 400, 800, 1600, 3200))
-
-
-def splits(options: Options) -> int:
-    """How many random splits of the images."""
-    return options.choose(1, 2, 3)
-
-
-def steps(options: Options) -> int:
-    """How many steps to train for."""
-    return options.choose(10, 200, 300)
 
 
 def draw_pairs(images: np.ndarray, digits: np.ndarray, count: int, generator: np.random.Generator) -> Pairs:
@@ -53,16 +36,17 @@ def draw_pairs(images: np.ndarray, digits: np.ndarray, count: int, generator: np
 
 
 @functools.cache
-def load(options: Options, split: int) -> tuple[Pairs, Pairs, Pairs]:
-    """Pairs to train on, to choose the strength on, and to test on: of images that the three do not share."""
+def load(options: Options, split: int) -> tuple[Pairs, Pairs]:
+    """Pairs to train and to test on, of images that the two do not share."""
     generator = options.generator(split)
     images, digits = load_digits(return_X_y=True)
     images = (images / 16).reshape(-1, 8, 8, 1).astype("float32")
     order = generator.permutation(len(images))
-    test, validation, train = np.split(order, [len(order) // 4, len(order) // 4 + len(order) * 3 // 16])
-    parts = ((train, max(sizes(options))), (validation, 2000), (test, 2000))
-    train, validation, test = (draw_pairs(images[part], digits[part], n, generator) for part, n in parts)
-    return train, validation, test
+    test, train = np.split(order, [len(order) // 4])
+    return (
+        draw_pairs(images[train], digits[train], 3200, generator),
+        draw_pairs(images[test], digits[test], 2000, generator),
+    )
 
 
 def tower() -> keras.layers.Layer:
@@ -78,60 +62,61 @@ def tower() -> keras.layers.Layer:
     )
 
 
-def build(way: ways.Way) -> tuple[keras.Model, ways.Groups]:
+def build() -> keras.Model:
     """Two towers and what compares them."""
-    towers = way.layers(tower, 2)
+    towers = tower(), tower()
     inputs = keras.Input((8, 8, 1)), keras.Input((8, 8, 1))
     left, right = (tower(image) for tower, image in zip(towers, inputs, strict=True))
-    return keras.Model(inputs, layers.Dense(1)(ops.abs(left - right))), {"towers": towers}
+    return keras.Model(inputs, layers.Dense(1)(ops.abs(left - right)))
 
 
-def accuracy(model: keras.Model, pairs: Pairs) -> float:
-    """Pairs that the model judges rightly, in per cent."""
-    images, same = pairs
-    logits = ops.convert_to_numpy(model(tuple(map(ops.convert_to_tensor, images))))
-    return float(100 * np.mean((logits > 0) == (same > 0.5)))
+def members(model: keras.Model) -> ways.Groups:
+    """The towers."""
+    return {"towers": [layer for layer in model.layers if isinstance(layer, keras.Sequential)]}
 
 
-class Digits(Task):
+def compile_(model: keras.Model) -> None:
+    """Adam; the score is the pair accuracy."""
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=[keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)])
+    model.optimizer.learning_rate = 1e-2
+
+
+class Digits(Compared):
     """Accuracy of telling whether two images show the same digit."""
 
-    title = "Two towers on digits: pairs judged rightly"
-    timed = False
+    title = "Two towers on digits: pair accuracy"
     size = (7.5, 4.5)
 
-    def cases(self, options: Options) -> Sequence[Case]:
-        return ways.configurations(GRIDS, options)
+    def splits(self, options: Options) -> int:
+        return options.choose(1, 2, 8)
 
-    def measure(self, options: Options, case: Case) -> Iterator[Record]:
-        trainer = Trainer(
-            build, case, lambda: keras.optimizers.Adam(1e-2), keras.losses.BinaryCrossentropy(from_logits=True)
-        )
-        for split in range(splits(options)):
-            (images, same), validation, test = load(options, split)
-            seed = options.seed_of(split)
-            for pairs in sizes(options):
-                training = tuple(side[:pairs] for side in images), same[:pairs]
-                model = trainer.fit(seed, *training, batch=BATCH, steps=steps(options))
-                yield {
-                    "pairs": pairs,
-                    "split": split,
-                    "seed": seed,
-                    "validation": accuracy(model, validation),
-                    "test": accuracy(model, test),
-                    "spread": ways.spread(trainer.groups),
-                }
+    def parts(self, options: Options) -> Sequence[Case]:
+        return [{"pairs": n} for n in options.choose((50, 100), (200, 800, 3200), (200, 800, 3200))]
+
+    def problem(self, options: Options, case: Case) -> Problem:
+        (images, same), test = load(options, case["split"])
+        steps, n = options.choose(10, 200, 300), case["pairs"]
+        settings: Mapping[str, Any] = {
+            "make_model": build,
+            "members": members,
+            "x": tuple(side[:n] for side in images),
+            "y": same[:n],
+            "validation_data": test,
+            "compile": compile_,
+            "fit": {"batch_size": BATCH, "epochs": epochs(steps, n, BATCH)},
+            "metric": "accuracy",
+        }
+        return Problem(settings, scale=100)
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []
-        counts = distinct(records, "pairs")
-        for name in curves.measured(records):
-            figures = [plus_minus(curves.chosen(where(records, pairs=n), name)) for n in counts]
-            what = f"{ways.WAYS[name].label}, with {', '.join(map(str, counts))} pairs"
-            lines.append(Row(what, ", ".join(figures) + " %"))
-        spread = max(record["spread"] for record in records if ways.WAYS[record["way"]].hard)
-        lines.append(Row("spread of the hard ways", f"{spread:g}", "0", spread == 0.0))
-        return lines
+        for pairs in distinct(records, "pairs"):
+            part = where(records, pairs=pairs)
+            for name in curves.measured(part):
+                accuracy = plus_minus(curves.chosen(part, name), " %")
+                lines.append(Row(self.known[name].label, accuracy, heading=f"{pairs:,} training pairs"))
+        return [*lines, self.spread(records)]
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         axes = figure.subplots()
@@ -140,7 +125,8 @@ class Digits(Task):
         for name in curves.measured(records):
             points = [mean_and_error(curves.chosen(where(records, pairs=n), name)) for n in counts]
             lines[name] = (counts, [mean for mean, _ in points], [error for _, error in points])
-        axes.set(xscale="log", xlabel="training pairs", ylabel="held-out pairs judged rightly (%)")
+        axes.set(xscale="log", xlabel="training pairs", ylabel="pair accuracy (%)")
         curves.labelled_lines(axes, lines)
         axes.set_xticks(counts, [f"{n:,}" for n in counts])
         axes.minorticks_off()
+        curves.explain(axes)

@@ -7,7 +7,7 @@ scratch on the text of `benchmarks.text`, the tied part as one variable (`TiedOp
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,9 +15,9 @@ import numpy as np
 from keras import layers, ops
 
 from benchmarks import colors, curves, ways
-from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
-from benchmarks.text import BATCH, CONTEXT, HEADS, WIDTH, Embedding, load, loss
-from benchmarks.training import Trainer
+from benchmarks.comparing import Compared, Problem, stretch
+from benchmarks.task import Case, Options, Record, Row, distinct, mean_and_error, plus_minus, where
+from benchmarks.text import BATCH, CONTEXT, HEADS, WIDTH, Embedding, load
 
 BLOCKS = 3
 
@@ -83,43 +83,55 @@ class Block(layers.Layer):
         return x + self.narrow(ops.relu(self.widen(self.norms[1](x))))
 
 
-def build(characters: int, rank: int, way: ways.Way) -> tuple[keras.Model, ways.Groups]:
-    """The transformer, and the weights of its blocks that may be tied."""
+def build(characters: int, rank: int) -> keras.Model:
+    """The transformer."""
     inputs = keras.Input((CONTEXT,), dtype="int32")
     x = Embedding(characters)(inputs)
-    blocks = [Block(rank) for _ in range(BLOCKS)]
-    for block in blocks:
-        x = block(x)
-    model = keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
-    members = zip(*(block.tied for block in blocks), strict=True)
-    return model, {f"blocks/{number}": list(weights) for number, weights in enumerate(members)}
+    for _ in range(BLOCKS):
+        x = Block(rank)(x)
+    return keras.Model(inputs, layers.Dense(characters)(layers.LayerNormalization()(x)))
 
 
-class Recursive(Task):
+def members(model: keras.Model) -> ways.Groups:
+    """The weights that blocks may have in common."""
+    blocks = [layer.tied for layer in model.layers if isinstance(layer, Block)]
+    return {f"blocks/{number}": list(weights) for number, weights in enumerate(zip(*blocks, strict=True))}
+
+
+class Recursive(Compared):
     """Loss of a small transformer whose tied blocks have low-rank parts of their own."""
 
     title = "Tied transformer blocks with low-rank parts of their own: bits per character"
-    timed = False
     size = (7.5, 4.0)
+    known: Mapping[str, ways.Way] = {name: ways.WAYS[name] for name in ("untied", "exact")}
 
-    def cases(self, options: Options) -> Sequence[Case]:
-        ranks = options.choose((2,), (4,), (1, 2, 4, 8))
-        cases = [("untied", 0), *(("exact", rank) for rank in (0, *ranks))]
-        return [{"way": way, "rank": rank, "strength": 0.0} for way, rank in cases]
+    def splits(self, options: Options) -> int:
+        return options.choose(1, 1, 8)
 
-    def measure(self, options: Options, case: Case) -> Iterator[Record]:
-        entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model = functools.partial(build, load(options, 0)[3], case["rank"])
-        trainer = Trainer(model, case, lambda: keras.optimizers.Adam(5e-3), entropy)
-        for split in range(options.choose(1, 1, 3)):
-            (x, y), _, test, _ = load(options, split)
-            trained = trainer.fit(options.seed_of(split), x, y, batch=BATCH, steps=options.choose(4, 48, 1000))
-            yield {
-                "split": split,
-                "test": loss(trained, test),
-                "free_weights": trainer.free_weights(),
-                "spread": ways.spread(trainer.groups),
-            }
+    def parts(self, options: Options) -> Sequence[Case]:
+        return [{"rank": rank} for rank in options.choose((0, 2), (0, 4), (0, 1, 4))]
+
+    def ways(self, options: Options, case: Case) -> Sequence[Any]:
+        return ["exact"] if case["rank"] else ["untied", "exact"]
+
+    def problem(self, options: Options, case: Case) -> Problem:
+        train, test, characters = load(options, case["split"])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+        def compile_(model: keras.Model) -> None:
+            model.compile(keras.optimizers.Adam(5e-3), loss, **stretch(16))
+
+        count = min(len(train[0]), BATCH * options.choose(4, 64, 10_000))
+        settings: Mapping[str, Any] = {
+            "make_model": functools.partial(build, characters, case["rank"]),
+            "members": members,
+            "x": train[0][:count],
+            "y": train[1][:count],
+            "validation_data": test,
+            "compile": compile_,
+            "fit": {"batch_size": BATCH, "epochs": options.choose(1, 1, 2)},
+        }
+        return Problem(settings, scale=1 / float(np.log(2)))
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []
@@ -129,9 +141,7 @@ class Recursive(Task):
         bits = {name: np.array([record["test"] for record in part]) for name, part in parts(records).items()}
         for name in (list(bits)[-1], "untied"):
             lines.append(Row(f"{name} less tied", plus_minus(bits[name] - bits["tied"], " bits", digits=3, sign="+")))
-        spread = max(record["spread"] for record in where(records, way="exact"))
-        lines.append(Row("spread of the tied weights", f"{spread:g}", "0", spread == 0.0))
-        return lines
+        return [*lines, self.spread(records)]
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         axes = figure.subplots()

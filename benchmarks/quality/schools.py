@@ -7,9 +7,10 @@ squared error is minimized with the penalty λ · Σ‖w_i − mean‖². λ is 
 
 Everything is trained by Keras: 65 `Dense` kernels of shape `(features, 2 · splits)`, one column for each split and each
 of its two fits (to choose λ, and then on all training pupils). A column is a regression of its own, since loss, rules
-and SGD act on each column by itself; a way that does not is left out. Beside it stands the same problem solved in
-closed form, where there is one. `Equal(rate)` is the proximal step of `MeanL2`, so what it converges to is the
-minimizer at the factor rate / (1 − rate) / (2 · effective learning rate).
+and SGD act on each column by itself; a way that does not is left out. So all splits are one training, which
+`equalize.compare` would do one by one. Beside it stands the same problem solved in closed form, where there is one.
+`Equal(rate)` is the proximal step of `MeanL2`, so what it converges to is the minimizer at the factor
+rate / (1 − rate) / (2 · effective learning rate). Schools alone are badly conditioned and train longer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,16 @@ from keras import ops
 from benchmarks import colors, curves, ways
 from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
 
-GRIDS = {"factor": (1.0, 4.0, 16.0, 64.0, 256.0), "rate": (0.02, 0.07, 0.25, 0.55, 0.8)}
-MOMENTUM = 0.95
+FACTORS = (1.0, 4.0, 16.0, 64.0, 256.0)
+RATES = (0.02, 0.07, 0.25, 0.55, 0.8)
+MOMENTUM, ALONE_MOMENTUM = 0.95, 0.995
+WAYS = {
+    name: ways.WAYS[name]
+    for name in ("untied", "shared", "exact", "hard", "partial", "soft", "PairwiseL2", "PairwiseL1", "ChainL2")
+}
 
 # What closed-form least squares gave over ten other splits, in per cent, before there was an `equalize`.
-STATED = {"untied": 42.3, "mean_l2": 46.6, "hard": 40.0}
+STATED = {"untied": 42.3, "soft": 46.6, "hard": 40.0}
 
 
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,9 +84,9 @@ def factor_of(case: Case, rate: float, schools: int) -> float | None:
     match case["way"]:
         case "partial":
             return strength / (1 - strength) / (2 * rate / (1 - MOMENTUM))
-        case "pairwise_l2" | "all_pairs":
+        case "PairwiseL2":
             return schools * strength
-        case name if name == "mean_l2" or not ways.WAYS[name].strength:
+        case name if name == "soft" or not WAYS[name].strengths:
             return strength
     return None
 
@@ -88,10 +94,10 @@ def factor_of(case: Case, rate: float, schools: int) -> float | None:
 class Heads(keras.Model):
     """A linear model for each school, applied to that school's pupils, with as many outputs as there are fits."""
 
-    def __init__(self, way: ways.Way, schools: int, features: int, fits: int):
+    def __init__(self, schools: int, features: int, fits: int):
         super().__init__()
-        self.heads = way.layers(lambda: keras.layers.Dense(fits, use_bias=False, kernel_initializer="zeros"), schools)
-        for head in dict.fromkeys(self.heads):
+        self.heads = [keras.layers.Dense(fits, use_bias=False, kernel_initializer="zeros") for _ in range(schools)]
+        for head in self.heads:
             head.build((None, features))
 
     def call(self, inputs: tuple[Any, Any]) -> Any:
@@ -118,7 +124,7 @@ def seat(values: np.ndarray, school: np.ndarray) -> np.ndarray:
 def learning_rate(way: ways.Way, x: np.ndarray, school: np.ndarray) -> float:
     """1/L, where L bounds the curvature, and half of that for the momentum's sake."""
     curvature = [np.linalg.norm(x[school == i], ord=2) ** 2 for i in range(school.max() + 1)]
-    penalty = max(GRIDS["factor"]) if way.strength == "factor" else 0.0
+    penalty = max(FACTORS) if way.strengths == ways.FACTORS else 0.0
     return 0.5 / (sum(curvature) if way.summed else max(curvature) + penalty)
 
 
@@ -129,21 +135,18 @@ def train(
 
     Gradient descent from zero finds the solution of least norm.
     """
-    way = ways.WAYS[case["way"]]
-    model = Heads(way, school.max() + 1, x.shape[1], len(masks))
+    way, alone = WAYS[case["way"]], case["way"] == "untied"
+    model = Heads(school.max() + 1, x.shape[1], len(masks))
     inputs = seat(x, school), seat(masks.T, school)
     model(inputs)
     groups = {"schools": model.heads}
-    tied = way.attach(groups, case["strength"], keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True))
+    momentum = ALONE_MOMENTUM if alone else MOMENTUM
+    tied = way.attach(groups, case["strength"], keras.optimizers.SGD(rate, momentum=momentum, nesterov=True))
     model.compile(tied.optimizer, squared_error, jit_compile=keras.backend.backend() == "jax")
     inputs = tuple(map(ops.convert_to_tensor, inputs))
     targets = ops.convert_to_tensor(seat(y[:, None] * masks.T, school))
-    for callback in tied.callbacks:
-        callback.set_model(model)
-    for _ in range(count):
+    for _ in range(8 * count if alone else count):
         model.train_on_batch(inputs, targets)
-        for callback in tied.callbacks:
-            callback.on_train_batch_end(0)
     weights = np.stack([head.get_weights()[0] for head in model.heads])
     return weights.transpose(2, 0, 1), ways.spread(groups)
 
@@ -164,6 +167,16 @@ def splits(school: np.ndarray, options: Options) -> list[tuple[np.ndarray, np.nd
     return result
 
 
+def configurations(options: Options) -> list[Case]:
+    """Every way, those with a strength once for each; a run that is not full takes every second strength."""
+    cases = []
+    for name, way in WAYS.items():
+        grid = {ways.FACTORS: FACTORS, ways.RATES: RATES}.get(way.strengths, (0.0,))
+        if way.in_run(options):
+            cases += [{"way": name, "strength": s} for s in options.choose(grid[:1], grid[::2], grid)]
+    return cases
+
+
 class Schools(Task):
     """Explained variance of one linear model per school."""
 
@@ -172,13 +185,13 @@ class Schools(Task):
     size = (8.5, 4.5)
 
     def cases(self, options: Options) -> Sequence[Case]:
-        return [case for case in ways.configurations(GRIDS, options) if ways.WAYS[case["way"]].entrywise]
+        return configurations(options)
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         x, y, school = load()
         parts = splits(school, options)
         masks = np.stack([mask for fit, validation, _ in parts for mask in (fit, fit | validation)])
-        rate = learning_rate(ways.WAYS[case["way"]], x, school)
+        rate = learning_rate(WAYS[case["way"]], x, school)
         factor = factor_of(case, rate, school.max() + 1)
         weights, spread = train(case, rate, steps(options), x, y, school, masks)
         for split, (_, validation, test) in enumerate(parts):
@@ -189,7 +202,7 @@ class Schools(Task):
                 "spread": spread,
             }
             if factor is not None:
-                exact = closed_form(x[~test], y[~test], school[~test], ways.WAYS[case["way"]], factor)
+                exact = closed_form(x[~test], y[~test], school[~test], WAYS[case["way"]], factor)
                 record |= {"factor": factor, "closed_form": explained_variance(exact, x, y, school, test)}
             yield record
 
@@ -198,15 +211,15 @@ class Schools(Task):
         lines = []
         for name, values in results.items():
             goal = f"stated {STATED[name]} ({values.mean() - STATED[name]:+.1f})" if name in STATED else ""
-            lines.append(Row(ways.WAYS[name].label, plus_minus(values, " %"), goal))
-        for better, worse in (("mean_l2", "untied"), ("untied", "hard")):
+            lines.append(Row(WAYS[name].label, plus_minus(values, " %"), goal))
+        for better, worse in (("soft", "untied"), ("untied", "hard")):
             gain = results[better] - results[worse]
-            what = f"{ways.WAYS[better].label} less {ways.WAYS[worse].label}"
+            what = f"{WAYS[better].label} less {WAYS[worse].label}"
             goal = f"> 0, stated {STATED[better] - STATED[worse]:+.1f}"
             lines.append(Row(what, plus_minus(gain, " %", sign="+"), goal, bool(gain.mean() > 0)))
         apart = max(abs(record["test"] - record["closed_form"]) for record in records if "closed_form" in record)
         lines.append(Row("furthest from closed form", f"{apart:.2f} %", "<= 0.1", apart <= 0.1))
-        spread = max(record["spread"] for record in records if ways.WAYS[record["way"]].hard)
+        spread = max(record["spread"] for record in records if WAYS[record["way"]].hard)
         lines.append(Row("spread of the hard ways", f"{spread:g}", "0", spread == 0.0))
         return lines
 
@@ -214,21 +227,21 @@ class Schools(Task):
         axes = figure.subplots()
         axes.set_xscale("log")
         ends = {}
-        for name, marker in (("mean_l2", "o"), ("partial", "s")):
+        for name, marker in (("soft", "o"), ("partial", "s")):
             of_way = sorted(where(records, way=name), key=lambda record: record["factor"])
             factors = distinct(of_way, "factor")
             means, errors = zip(
                 *(mean_and_error([r["test"] for r in where(of_way, factor=factor)]) for factor in factors), strict=True
             )
-            axes.errorbar(factors, means, errors, color=ways.WAYS[name].color, marker=marker, markersize=5, capsize=3)
+            axes.errorbar(factors, means, errors, color=WAYS[name].color, marker=marker, markersize=5, capsize=3)
             exact = [mean_and_error([r["closed_form"] for r in where(of_way, factor=factor)])[0] for factor in factors]
             axes.plot(factors, exact, "x", color=colors.BLACK, markersize=8, zorder=3)
             ends[name] = factors
         low, high = (pick([pick(factors) for factors in ends.values()]) for pick in (min, max))
-        marks = distinct(sorted(where(records, way="mean_l2"), key=lambda record: record["strength"]), "strength")
-        for name, place, text in (("untied", low / 4, "untied"), ("reference", high * 4, "pooled")):
+        marks = distinct(sorted(where(records, way="soft"), key=lambda record: record["strength"]), "strength")
+        for name, place, text in (("untied", low / 4, "untied"), ("shared", high * 4, "pooled")):
             mean, error = mean_and_error(curves.chosen(records, name))
-            color = ways.WAYS[name].color
+            color = WAYS[name].color
             axes.errorbar(place, mean, error, color=color, marker="D", markersize=7, capsize=4)
             axes.axhline(mean, color=color, linewidth=0.8, linestyle=":", zorder=0)
             axes.annotate(f"{text} {mean:.1f}", (place, mean + error), (0, 5), textcoords="offset points", ha="center")
@@ -236,10 +249,11 @@ class Schools(Task):
         names = [f"{mark:g}" for mark in marks[:-2]] + ["0", "∞"]
         axes.set_xticks(marks, names)
         axes.minorticks_off()
-        for row, (name, marker) in enumerate((("mean_l2", "●"), ("partial", "■"))):
-            text = f"{marker} {ways.WAYS[name].label}"
-            axes.text(0.01, 0.96 - 0.06 * row, text, color=ways.WAYS[name].color, transform=axes.transAxes)
+        for row, (name, marker) in enumerate((("soft", "●"), ("partial", "■"))):
+            text = f"{marker} {WAYS[name].label}"
+            axes.text(0.01, 0.96 - 0.06 * row, text, color=WAYS[name].color, transform=axes.transAxes)
         axes.text(0.01, 0.84, "× closed form", transform=axes.transAxes)
         axes.set(xlabel="factor λ of MeanL2 (for Equal(rate), the factor that it amounts to)")
         axes.set(ylabel="explained variance on held-out pupils (%)")
         axes.margins(y=0.15)
+        curves.explain(axes)

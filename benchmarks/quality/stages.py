@@ -70,12 +70,12 @@ class Schools:
 
     def __init__(self, x: np.ndarray, y: np.ndarray, school: np.ndarray, chosen: np.ndarray, steps: int):
         self._steps = steps
-        self.model = Heads(ways.WAYS["untied"], school.max() + 1, FEATURES, 1)
+        self.model = Heads(school.max() + 1, FEATURES, 1)
         mask = chosen[:, None].astype("float32")
         self._data = [np.tile(part, (steps, 1, 1)) for part in (seat(x, school), seat(mask, school))]
         self._targets = np.tile(seat(y[:, None] * mask, school), (steps, 1, 1))
         self.model([part[:1] for part in self._data])
-        self.rate = float(learning_rate(ways.WAYS["mean_l2"], x[chosen], school[chosen]))
+        self.rate = float(learning_rate(ways.WAYS["soft"], x[chosen], school[chosen]))
 
     @property
     def kernels(self) -> list[keras.Variable]:

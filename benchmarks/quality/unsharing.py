@@ -14,14 +14,15 @@ import keras
 
 import equalize
 from benchmarks import colors, curves, ways
+from benchmarks.comparing import stretch
 from benchmarks.task import Case, Options, Record, Row, Task, distinct, mean_and_error, plus_minus, where
-from benchmarks.text import BATCH, build, load, loss
-from benchmarks.training import STRETCH, in_order
+from benchmarks.text import BATCH, Block, build, in_order, load, loss
 from equalize.callbacks import TieSchedule
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 
 RATE = 3e-3
+STRETCH = 16
 FREE, TIED = "free", "tied"
 
 SHARES = {FREE: 0.0, "10 %": 0.1, "25 %": 0.25, "50 %": 0.5, TIED: 1.0}
@@ -40,7 +41,7 @@ def _tied(share: float) -> ways.Attach:
 
 
 WAYS = {
-    FREE: ways.Way("always free", colors.BLACK, ways.WAYS["untied"].attach),
+    FREE: ways.Way("always free", colors.BLACK),
     "10 %": ways.Way("tied for 10 %", colors.GREEN, _tied(SHARES["10 %"])),
     "25 %": ways.Way("tied for 25 %", colors.BLUE, _tied(SHARES["25 %"])),
     "50 %": ways.Way("tied for 50 %", colors.PINK, _tied(SHARES["50 %"])),
@@ -81,15 +82,14 @@ class Unsharing(Task):
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         for split in range(splits(options)):
-            (x, y), _, test, characters = load(options, split)
+            (x, y), test, characters = load(options, split)
             seed = options.seed_of(split)
             keras.utils.set_random_seed(seed)
             way = WAYS[case["way"]]
-            model, groups = build(characters, blocks(options), way)
+            model = build(characters, blocks(options))
+            groups = {"blocks": [layer for layer in model.layers if isinstance(layer, Block)]}
             tied = way.attach(groups, steps(options), keras.optimizers.Adam(RATE))
-            stretch = STRETCH if keras.backend.backend() == "tensorflow" else 1
-            compiled = keras.backend.backend() == "jax"
-            model.compile(tied.optimizer, entropy, jit_compile=compiled, steps_per_execution=stretch)
+            model.compile(tied.optimizer, entropy, **stretch(STRETCH))
             order = in_order(seed, len(y), steps(options) * BATCH).reshape(-1, part(options) * BATCH)
             for number, some in enumerate(order, start=1):
                 model.fit(x[some], y[some], batch_size=BATCH, shuffle=False, verbose=0, callbacks=tied.callbacks)

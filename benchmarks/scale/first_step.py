@@ -17,7 +17,7 @@ from benchmarks.task import Case, Options, Record, Row, Task, distinct, where
 
 SIZE = 8
 GROUPINGS = {"members of one group": None, "groups of two": 2}
-WAYS = ("untied", "hard", "partial", "mean_l2")
+WAYS = ("untied", "hard", "partial", "soft")
 
 
 class Products(keras.Model):

@@ -1,4 +1,4 @@
-"""How long the hard projection itself takes, beside the time to read the members once: its roofline.
+"""How long the hard projection itself takes, beside the time to read the members once.
 
 n kernels that differ, each in a buffer of its own, as an optimizer's step leaves them; then one projection, or one sum
 of each kernel's entries, which reads them all and writes nothing. A mean of the members has to read each of them, and
@@ -66,7 +66,7 @@ def wait(values: Any) -> None:
 class Projection(Task):
     """Time of one hard projection."""
 
-    title = "Hard projection: time beside the roofline"
+    title = "Hard projection: time beside that of reading"
     size = (9.5, 4.2)
 
     def cases(self, options: Options) -> Sequence[Case]:

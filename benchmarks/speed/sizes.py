@@ -37,7 +37,7 @@ class Sizes:
     members: int
     width: int
     biases: bool = False
-    ways: Sequence[str] = ("hard", "partial", "mean_l2")
+    ways: Sequence[str] = ("hard", "partial", "soft")
     mode: str = ""
     goals: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     first: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -45,29 +45,29 @@ class Sizes:
 
 
 BACKENDS = ("tensorflow", "jax", "torch")
-PAIRS = ("pairwise_norm", "pairwise_l1")
+PAIRS = ("PairwiseNorm", "PairwiseL1")
 
 MODELS = {
     "16 kernels of 1024×1024": Sizes(
         1,
         16,
         1024,
-        ways=("reference", "exact", "hard", "partial", "mean_l2", "chain_l2", *PAIRS, "trace_norm", "stack"),
+        ways=("shared", "exact", "hard", "partial", "soft", "ChainL2", *PAIRS, "TraceNorm", "stacked_mean"),
         goals={
-            "tensorflow": {"hard": 1.03, "partial": 1.15, "mean_l2": 1.15, "chain_l2": 1.15},
+            "tensorflow": {"hard": 1.03, "partial": 1.15, "soft": 1.15, "ChainL2": 1.15},
             "jax": {
                 "partial": 1.25,
-                "mean_l2": 1.25,
-                "chain_l2": 1.25,
-                "pairwise_norm": 2.0,
-                "pairwise_l1": 2.0,
-                "trace_norm": 2.0,
+                "soft": 1.25,
+                "ChainL2": 1.25,
+                "PairwiseNorm": 2.0,
+                "PairwiseL1": 2.0,
+                "TraceNorm": 2.0,
             },
-            "torch": {"hard": 1.12, "partial": 1.25, "mean_l2": 1.15, "pairwise_norm": 1.8},
+            "torch": {"hard": 1.12, "partial": 1.25, "soft": 1.15, "PairwiseNorm": 1.8},
         },
         shared={"tensorflow": 1.02, "torch": 1.25},
     ),
-    "4 kernels of 1024×1024": Sizes(1, 4, 1024, ways=("reference", "exact"), shared={"torch": 1.15}),
+    "4 kernels of 1024×1024": Sizes(1, 4, 1024, ways=("shared", "exact"), shared={"torch": 1.15}),
     "32 kernels of 512×512": Sizes(
         1,
         32,
@@ -80,23 +80,23 @@ MODELS = {
         200,
         8,
         biases=True,
-        goals={"torch": {"hard": 1.3, "mean_l2": 1.3}},
-        first={"jax": {"partial": 1.5, "mean_l2": 1.5}, "torch": {"mean_l2": 2.0}},
+        goals={"torch": {"hard": 1.3, "soft": 1.3}},
+        first={"jax": {"partial": 1.5, "soft": 1.5}, "torch": {"soft": 2.0}},
     ),
     "40 groups of ten kernels of 16×16": Sizes(
         40,
         10,
         16,
-        ways=("hard", "partial", "mean_l2", "stack"),
-        goals={key: {"hard": 1.10, "partial": 1.15, "mean_l2": 1.25} for key in BACKENDS},
+        ways=("hard", "partial", "soft", "stacked_mean"),
+        goals={key: {"hard": 1.10, "partial": 1.15, "soft": 1.25} for key in BACKENDS},
     ),
     "200 groups of ten kernels of 4×4": Sizes(200, 10, 4, ways=("hard",), first={"tensorflow": {"hard": 1.3}}),
     "65 kernels of 16×16, eager": Sizes(
-        1, 65, 16, ways=("hard", "mean_l2"), mode="eager", goals={"tensorflow": {"hard": 1.5, "mean_l2": 1.5}}
+        1, 65, 16, ways=("hard", "soft"), mode="eager", goals={"tensorflow": {"hard": 1.5, "soft": 1.5}}
     ),
 }
-SMOKE = {"2 groups of three kernels of 4×4": Sizes(2, 3, 4, ways=("reference", "exact", "hard", "mean_l2"))}
-QUICK = {"4 groups of ten kernels of 16×16": Sizes(4, 10, 16, ways=("hard", "mean_l2"))}
+SMOKE = {"2 groups of three kernels of 4×4": Sizes(2, 3, 4, ways=("shared", "exact", "hard", "soft"))}
+QUICK = {"4 groups of ten kernels of 16×16": Sizes(4, 10, 16, ways=("hard", "soft"))}
 ALL = {**SMOKE, **QUICK, **MODELS}
 
 
@@ -108,7 +108,7 @@ class Chain(keras.Model):
         self.chain = list(layers)
 
     def build(self, input_shape: Any) -> None:
-        for layer in dict.fromkeys(self.chain):
+        for layer in self.chain:
             layer.build(input_shape)
 
     def call(self, x: Any) -> Any:
@@ -117,10 +117,10 @@ class Chain(keras.Model):
         return x
 
 
-def build(sizes: Sizes, way: ways.Way) -> tuple[keras.Model, ways.Groups]:
+def build(sizes: Sizes) -> tuple[keras.Model, ways.Groups]:
     """A chain of all layers, and what to tie."""
     dense = functools.partial(keras.layers.Dense, sizes.width, activation="tanh", use_bias=sizes.biases)
-    groups = {f"group_{i}": way.layers(dense, sizes.members) for i in range(sizes.groups)}
+    groups = {f"group_{i}": [dense() for _ in range(sizes.members)] for i in range(sizes.groups)}
     model = Chain(list(itertools.chain.from_iterable(groups.values())))
     model.build((None, sizes.width))
     if sizes.biases:
@@ -163,8 +163,8 @@ class EverySize(Task):
         for name in distinct(records, "model"):
             part, sizes = where(records, model=name), ALL[name]
             lines += timing.rows(name, part, sizes.goals.get(backend, {}))
-            if {"exact", "reference"} <= set(sizes.ways):
-                exact = timing.ratios(part, "reference")["exact"]
+            if {"exact", "shared"} <= set(sizes.ways):
+                exact = timing.ratios(part, "shared")["exact"]
                 lines.append(timing.goal_row("exact / one shared variable", exact, sizes.shared.get(backend), name))
             for way, goal in sizes.first.get(backend, {}).items():
                 first = firsts(part)[way]

@@ -17,8 +17,9 @@ API = {
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pictures and figures of the benchmarks, as `results/...`."""
-    for path in sorted(RESULTS.iterdir()):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for path in sorted(RESULTS.glob("*/*")):
+        name = path.relative_to(RESULTS).as_posix()
+        files.append(File.generated(config, f"results/{name}", abs_src_path=str(path)))
     return files
 
 

@@ -111,6 +111,9 @@ a conditional twice. The condition depends on data, and both branches give the s
 fused = _native.fused
 """A function of tensors and options, in one pass over memory where the backend does not fuse by itself."""
 
+tree_of_mixes = _native.tree_of_mixes
+"""A function of tensors of one shape and options that mixes them, entry by entry, by an argument `mix`; likewise."""
+
 # ---- gradients
 
 gradients = _native.gradients

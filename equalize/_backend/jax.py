@@ -125,6 +125,10 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
 
 
+def tree_of_mixes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
 def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable]) -> list[Tensor | None]:
     def stateless(values: Sequence[Tensor]) -> Tensor:
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):

@@ -132,6 +132,10 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return dispatch
 
 
+def tree_of_mixes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return fused(function)
+
+
 def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable]) -> list[Tensor | None]:
     with tf.GradientTape() as tape:
         value = function()

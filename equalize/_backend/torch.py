@@ -17,11 +17,13 @@ from equalize._backend.common import current_scope, is_variable
 from equalize._backend.keras_private import held_value, in_symbolic_scope, replace_torch_parameter
 from equalize._backend.tensors import (
     Columns,
+    Computation,
     Tensor,
     WriteTracker,
     inner_products_of_rows,
     mix_in_passes,
     track_one_by_one,
+    unstacked,
     write_one_by_one,
 )
 
@@ -30,6 +32,9 @@ _LERP = getattr(torch, "_foreach_lerp")  # noqa: B009 - PyTorch lists it for no 
 _VERSION = operator.attrgetter("_version")
 _DEREFERENCE = weakref.ref.__call__
 
+
+# So many entries of each tensor are computed with at a time, where that is many operations.
+_BLOCK = 2**16
 
 # So many rows are multiplied with each other as they are; more of them are faster as a matrix, which is a copy.
 _FEW_ROWS = 6
@@ -106,6 +111,19 @@ def computed_once(value: Tensor) -> Tensor:
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
+
+
+def tree_of_mixes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def in_blocks(values: Sequence[Tensor], *others: Any) -> Tensor:
+        columns_of = columns(values)
+        if isinstance(columns_of, _Blocks):
+            _, (result,) = columns_of.compute(lambda rows: (0.0, [function(rows, *others, mix=_mix_in_few_passes)]))
+            if _is_finite(result):  # what overflows in a mix stays infinite, or is no number, in those above it
+                return result
+        return function(values, *others, mix=mix)
+
+    return in_blocks
 
 
 def gradients(function: Callable[[], Tensor], variables: Sequence[keras.Variable]) -> list[Tensor | None]:
@@ -196,7 +214,36 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def columns(tensors: Sequence[Tensor]) -> Columns:
-    return Columns(tensors)
+    first = tensors[0]
+    whole = first.numel() <= _BLOCK or first.device.type != "cpu" or torch.compiler.is_compiling()
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return Columns(tensors) if whole or differentiated else _Blocks(tensors)
+
+
+class _Blocks(Columns):
+    """Blocks of columns that a processor's caches hold, one after the other."""
+
+    def __init__(self, tensors: Sequence[Tensor], prepare: Callable[[Any], Any] = list):
+        self._tensors, self._prepare = tensors, prepare
+
+    def map(self, function: Callable[[Any], Any]) -> Columns:
+        return _Blocks(self._tensors, lambda rows: function(self._prepare(rows)))
+
+    def compute(self, function: Computation) -> tuple[Tensor, list[Tensor]]:
+        total, results, places = None, [], []
+        for number, block in enumerate(zip(*map(_split_in_blocks, self._tensors), strict=True)):
+            more, rows = function(self._prepare(block))
+            total = more if total is None else total + more
+            if not number:
+                results = [torch.empty(self._tensors[0].shape, dtype=r.dtype) for r in unstacked(rows)]
+                places = list(map(_split_in_blocks, results))
+            for place, row in zip(places, unstacked(rows), strict=True):
+                place[number].copy_(row)
+        return total, results
+
+
+def _split_in_blocks(x: Tensor) -> Sequence[Tensor]:
+    return torch.split(x.reshape(-1), _BLOCK)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -217,17 +264,26 @@ def split(joined: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def mix(left: Tensor, right: Tensor, share: float | Tensor) -> Tensor:
-    """In one or two passes over memory, where the operations' formulas are known and nothing overflows.
+    """In one or two passes over memory, where the operations' formulas are known and nothing overflows."""
+    if left.device.type != "cpu" or not isinstance(share, float) or torch.compiler.is_compiling():
+        return mix_in_passes(left, right, share)
+    mixed = _mix_in_few_passes(left, right, share)
+    return mixed if _is_finite(mixed) else mix_in_passes(left, right, share)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether no entry is infinite or not a number; in one pass, which may say no where their sum is infinite."""
+    return bool(torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))))
+
+
+def _mix_in_few_passes(left: Tensor, right: Tensor, share: float) -> Tensor:
+    """`mix`, or infinite or not a number where something overflows.
 
     (w + w)·½ is w. `torch.lerp(w, v, s)` for s ≥ ½ is v − (v − w)·(1 − s), which is v where w is v, −0.0 as well.
     """
-    if left.device.type != "cpu" or not isinstance(share, float) or torch.compiler.is_compiling():
-        return mix_in_passes(left, right, share)
     if share == 0.5:
-        mixed = torch.add(left, right).mul_(0.5)
-    else:
-        mixed = torch.lerp(left, right, share) if share > 0.5 else torch.lerp(right, left, 1.0 - share)
-    return mixed if bool(torch.isfinite(mixed.sum())) else mix_in_passes(left, right, share)
+        return torch.add(left, right).mul_(0.5)
+    return torch.lerp(left, right, share) if share > 0.5 else torch.lerp(right, left, 1.0 - share)
 
 
 def approach(values: Sequence[Tensor], targets: Sequence[Tensor], rate: float) -> list[Tensor]:

@@ -7,7 +7,7 @@ combinations, each of which returns an entry that its two sides agree on untouch
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -80,23 +80,27 @@ def widen(value: Tensor) -> Tensor:
     return ops.cast(value, "float32") if dtype in ("float16", "bfloat16") else value
 
 
-def _mean_of_entries(values: Sequence[Tensor], weights: Weights) -> Tensor:
+def _mean_of_entries(
+    values: Sequence[Tensor], weights: Weights, *, mix: Callable[[Tensor, Tensor, Any], Tensor] = backend.mix
+) -> Tensor:
     nodes = [(widen(value), weight) for value, weight in zip(values, weights, strict=True)]
     while len(nodes) > 1:
         odd = nodes[len(nodes) - len(nodes) % 2 :]
-        nodes = [_join(*nodes[i], *nodes[i + 1]) for i in range(0, len(nodes) - 1, 2)] + odd
+        nodes = [_join(mix, *nodes[i], *nodes[i + 1]) for i in range(0, len(nodes) - 1, 2)] + odd
     return ops.cast(nodes[0][0], backend.dtype(values[0]))
 
 
-_mean_one_by_one = backend.fused(_mean_of_entries)
+_mean_one_by_one = backend.tree_of_mixes(_mean_of_entries)
 
 
-def _join(left: Tensor, left_weight: Any, right: Tensor, right_weight: Any) -> tuple[Tensor, Any]:
+def _join(
+    mix: Callable[[Tensor, Tensor, Any], Tensor], left: Tensor, left_weight: Any, right: Tensor, right_weight: Any
+) -> tuple[Tensor, Any]:
     """Two nodes of the tree as one."""
     weight = left_weight + right_weight
     share = right_weight / weight
     share = ops.convert_to_tensor(share, backend.dtype(left)) if isinstance(share, np.ndarray) else share
-    return backend.mix(left, right, share), weight
+    return mix(left, right, share), weight
 
 
 def _mean_of_rows(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
