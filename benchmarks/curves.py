@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.isotonic import isotonic_regression
 
 from benchmarks import colors, ways
 from benchmarks.task import Record, distinct, mean_and_error, where
@@ -68,13 +69,22 @@ def labelled_lines(
     ends = []
     for name, (x, means, errors) in lines.items():
         axes.errorbar(x, means, errors, color=known[name].color, marker=known[name].marker, markersize=4, capsize=3)
-        ends.append((means[-1], x[-1], name))
-    low, high = axes.get_ylim()
-    gap, free = (high - low) * 0.055, -float("inf")
-    for y, x, name in sorted(ends):
-        free = max(y, free + gap)
-        place = {"xytext": (1.02, free), "textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
-        axes.annotate(f"{known[name].label} {y:.{digits}f}", (x, y), color=known[name].color, **place)
+        ends.append((x[-1], means[-1], f"{known[name].label} {means[-1]:.{digits}f}", known[name].color))
+    name_ends(axes, ends)
+
+
+def name_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names lines at their right ends, each an x, a y, a text and a colour: beside the axes, one above the other."""
+    gap = 11 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
+    to_fraction = axes.transScale + axes.transLimits
+    ends = sorted(ends, key=lambda end: end[1])
+    steps = gap * np.arange(len(ends))
+    heights = np.array([to_fraction.transform((x, y))[1] for x, y, *_ in ends])
+    places = isotonic_regression(heights - steps, y_max=1 - steps[-1]) + steps  # the nearest that are a gap apart
+    for (x, y, text, color), place in zip(ends, places, strict=True):
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+        where_ = {"xytext": (1.06, place), "textcoords": "axes fraction", "va": "center", "fontsize": 8}
+        axes.annotate(text, (x, y), color=color, annotation_clip=False, arrowprops=line, **where_)
 
 
 def trade(

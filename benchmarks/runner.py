@@ -1,11 +1,15 @@
 """One run: a progress bar a task, then the tables, the files and the pictures.
 
-What is not timed runs first, a case on each core; then what is timed, one case after the other.
+What is not timed runs first, a case on each core; then what is timed, one case after the other. In a full run each
+timed task has a process of its own, since allocators keep much of what large models leave behind.
 """
 
+import multiprocessing
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import joblib
 from rich.console import Console
@@ -64,17 +68,26 @@ def measure(console: Console, journal: Journal, tasks: Mapping[str, Task], optio
     cases = {name: task.cases(options) for name, task in tasks.items()}
     with Progress(*columns, console=console) as progress:
         bars = {name: progress.add_task(t.title, total=len(cases[name]), start=False) for name, t in tasks.items()}
-        for timed in (False, True):
-            todo = []
-            for name in (name for name, task in tasks.items() if task.timed == timed):
+        todo: dict[str, list[Any]] = {}
+        for name, of_task in cases.items():
+            missing = [case for case in of_task if (name, case) not in journal]
+            progress.advance(bars[name], len(of_task) - len(missing))
+            todo[name] = [joblib.delayed(worker.measure)(name, case, options) for case in missing]
+        untimed = [name for name, task in tasks.items() if not task.timed]
+        for names in (untimed, *([name] for name, task in tasks.items() if task.timed)):
+            for name in names:
                 progress.start_task(bars[name])
-                missing = [case for case in cases[name] if (name, case) not in journal]
-                progress.advance(bars[name], len(cases[name]) - len(missing))
-                todo += [joblib.delayed(worker.measure)(name, case, options) for case in missing]
-            # Other processes are of use from two cases on.
-            together = not timed and len(todo) > 1
-            for line in joblib.Parallel(n_jobs=-1 if together else 1, return_as="generator_unordered", batch_size=1)(
-                todo
-            ):
+            for line in run_all([call for name in names for call in todo[name]], options, timed=names is not untimed):
                 journal.add(line)
                 progress.advance(bars[line["task"]])
+
+
+def run_all(calls: Sequence[Any], options: Options, *, timed: bool) -> Iterator[dict[str, Any]]:
+    """What some calls return, as soon as each does."""
+    if timed and options.size == "full":
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            for function, positional, named in calls:
+                yield process.submit(function, *positional, **named).result()
+    else:
+        jobs = 1 if timed or len(calls) < 2 else -1  # other processes are of use from two calls on
+        yield from joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(calls)

@@ -4,6 +4,7 @@ A ratio is taken within a round, and what is reported is the median of the round
 shared machine single times vary by tens of per cent, the median of their ratios by a few.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks import ways
+from benchmarks import curves, ways
 from benchmarks.task import Options, Record, Row, distinct
 
 Step = Callable[[], None]
@@ -109,9 +110,24 @@ def color(name: str) -> str:
     return "#999999" if name == CONTROL else ways.WAYS[name].color
 
 
+def marker(name: str) -> str:
+    """The marker of a way or the control."""
+    return "x" if name == CONTROL else ways.WAYS[name].marker
+
+
+def ticks(axis: Any, candidates: Sequence[float]) -> None:
+    """Labels a logarithmic axis at 1 and at those of the candidates that have room."""
+    low, high = axis.get_view_interval()
+    shown: list[float] = []
+    for tick in (1.0, *candidates):
+        if low < tick < high and all(abs(math.log(tick / other)) > 0.08 * math.log(high / low) for other in shown):
+            shown.append(tick)
+    axis.set_ticks(shown, [f"{tick:g}" for tick in shown])
+
+
 def goal_row(what: str, ratio: tuple[float, float, float], goal: float | None, heading: str = "") -> Row:
     """The line of the table for a ratio, with the one to reach, where there is one."""
-    reached = ("", None) if goal is None else (f"<= {goal:.2f}", ratio[1] <= goal)
+    reached = ("", None) if goal is None else (f"<= {goal:.2f}", round(ratio[1], 2) <= goal)
     return Row(what, as_text(ratio), *reached, heading)
 
 
@@ -128,7 +144,7 @@ def draw(axes: Any, records: Sequence[Record], goals: Mapping[str, float]) -> No
     for place, name in enumerate(reversed(found)):
         lower, median, upper = found[name]
         axes.plot([lower, upper], [place] * 2, color=color(name), linewidth=2)
-        axes.plot(median, place, "o", color=color(name), markersize=6)
+        axes.plot(median, place, marker(name), color=color(name), markersize=6)
         goal = goals.get(name)
         if goal is not None:
             axes.plot(goal, place, "|", color="black", markersize=13)
@@ -140,12 +156,9 @@ def draw(axes: Any, records: Sequence[Record], goals: Mapping[str, float]) -> No
     axes.axvline(1.0, color="#999999", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(found)), [label(name) for name in reversed(found)])
     axes.set(xscale="log", xlabel="step time / untied (median, quartiles)")
-    low, high = axes.get_xlim()
-    ticks = (0.4, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 8) if high > 1.4 * low else (0.8, 0.9, 1, 1.1, 1.2, 1.3)
-    ticks = [tick for tick in ticks if low < tick < high]
-    axes.minorticks_off()
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.margins(x=0.15)
+    axes.minorticks_off()
+    ticks(axes.xaxis, (2, 3, 4, 6, 8, 0.3, 0.4, 0.6, 0.8, 1.5, 1.25, 0.9, 1.1, 1.2, 1.3))
     axes.set_ylim(-0.5, len(found) - 0.5)
 
 
@@ -156,18 +169,12 @@ def draw_over(axes: Any, over: Mapping[float, Sequence[Record]], names: Sequence
     ends = []
     for name in names:
         lower, median, upper = zip(*(found[size][name] for size in sizes), strict=True)
-        axes.plot(sizes, median, "o-", color=color(name), markersize=4)
+        axes.plot(sizes, median, f"{marker(name)}-", color=color(name), markersize=4)
         axes.fill_between(sizes, lower, upper, color=color(name), alpha=0.15, linewidth=0)
-        ends.append((median[-1], name))
+        ends.append((sizes[-1], median[-1], label(name), color(name)))
     axes.axhline(1.0, color="black", linewidth=0.8, zorder=0)
-    axes.set(xscale="log", yscale="log", ylabel="step time / untied")
+    axes.set(xscale="log", yscale="log", ylabel="step time / untied (median, quartiles)")
     axes.minorticks_off()
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    low, high = axes.get_ylim()
-    ticks = [tick for tick in (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8, 13) if low < tick < high]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    free = 0.0
-    for y, name in sorted(ends):
-        free = max(y, free * (high / low) ** 0.05)
-        place = {"xytext": (1.03, free), "textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
-        axes.annotate(label(name), (sizes[-1], y), color=color(name), **place)
+    ticks(axes.yaxis, (0.3, 0.5, 0.7, 1.5, 2, 3, 5, 8, 13))
+    curves.name_ends(axes, ends)

@@ -58,6 +58,17 @@ def test_value_and_gradient_are_those_of_brute_force(name, values):
     close(evaluated(name, values), expected, 1.0 + np.sum(values**2))
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="about PyTorch, where large tensors are computed with in blocks")
+@pytest.mark.parametrize("name", NAMES)
+@given(values=strategies.stacks(max_members=20))
+def test_in_blocks_of_entries_too(name, values):
+    assume(name != "trace_norm" or references.well_conditioned(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend._native, "_BLOCK", 3)
+        found = evaluated(name, values)
+    close(found, getattr(references, name)(values), 1.0 + np.sum(values**2))
+
+
 @pytest.mark.parametrize("name", WEIGHTED)
 @given(values=strategies.stacks(max_members=20), seed=st.integers(0, 1000))
 def test_with_strengths_too(name, values, seed):

@@ -79,6 +79,23 @@ def test_mean_lies_between_the_members_and_never_overflows(dtype, data):
     assert np.all(result <= np.max(wide, axis=0) + slack)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="about PyTorch, where large tensors are averaged in blocks")
+@pytest.mark.parametrize("dtype", strategies.DTYPES)
+@given(st.data())
+def test_mean_has_the_same_bits_in_blocks(dtype, data):
+    members = data.draw(
+        strategies.shapes.flatmap(
+            lambda s: st.lists(strategies.arrays(s, dtype, specials=True), min_size=2, max_size=9)
+        )
+    )
+    weights = data.draw(st.none() | st.lists(st.floats(0.1, 10.0), min_size=len(members), max_size=len(members)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(means, "SMALL", 0)
+        whole = mean(members, weights)
+        patch.setattr(backend._native, "_BLOCK", 3)
+        assert mean(members, weights).tobytes() == whole.tobytes()
+
+
 @pytest.mark.parametrize("n", [2, 5])
 def test_mean_does_not_overflow_inside_a_tensorflow_graph(n):
     """Grappler factors `a·c + b·c` into `(a + b)·c`, which overflows."""

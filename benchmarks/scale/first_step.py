@@ -84,4 +84,7 @@ class FirstStep(Task):
                 counts, times = [r["count"] for r in part], [r["seconds"] for r in part]
                 axes.plot(counts, times, "o-", color=timing.color(name), label=timing.label(name), markersize=4)
             axes.set(xscale="log", yscale="log", xlabel=grouping, ylabel="first step (s)")
+            axes.minorticks_off()
+            axes.set_xticks(counts, [f"{count:,}" for count in counts])
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.legend(frameon=False)

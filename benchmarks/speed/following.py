@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 import equalize
-from benchmarks import peaks, timing
+from benchmarks import timing
 from benchmarks.task import Case, Options, Record, Row, Task, distinct, where
 from equalize.callbacks import PeriodicSync
 from equalize.constraints import Follow
@@ -72,26 +72,16 @@ class Following(Task):
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         generator = options.generator()
         makers = {name: lambda name=name: epoch(name, case["width"]) for name in LABELS}
-        yield from timing.interleave(makers, options.choose(2, 5, 15), 1, generator)
-        for name in LABELS if peaks.AVAILABLE and options.choose(True, False, True) else ():
-            step = epoch(name, case["width"])
-            step()
-            before = peaks.resident()
-            yield {"memory_of": name, "bytes": peaks.peak(step) - before}
+        return timing.interleave(makers, options.choose(2, 5, 15), 1, generator)
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []
         for width in distinct(records, "width"):
-            part = where(records, width=width)
-            found = timing.ratios(part)
-            slower = found["follow"][1] > found["hand_written"][1]
-            for name in ("follow", "hand_written"):
-                goal = (f"<= {found['hand_written'][1]:.2f}", not slower) if name == "follow" else ()
-                lines.append(Row(LABELS[name], timing.as_text(found[name]), *goal, heading=f"width {width}"))
-            peak = {record["memory_of"]: record["bytes"] for record in part if "memory_of" in record}
+            found = timing.ratios(where(records, width=width))
+            goals = {"follow": round(found["hand_written"][1], 2)}
             lines += [
-                Row(f"{LABELS[name]}, memory", f"{peak[name] / 2**20:.1f} MiB", heading=f"width {width}")
-                for name in peak
+                timing.goal_row(LABELS[name], found[name], goals.get(name), f"width {width}")
+                for name in ("follow", "hand_written")
             ]
         return lines
 

@@ -15,10 +15,10 @@ import numpy as np
 from keras import ops
 
 import equalize
-from benchmarks import colors, timing
+from benchmarks import colors, curves, timing
 from benchmarks.task import Case, Options, Record, Row, Task, where
 
-GOAL = 1.5
+GOALS = {("tensorflow", "hard", 16, 1024): 1.5}
 LABELS = {"read": "reading the members once", "hard": "hard: Equal", "stack": "hand-written: stacked mean, once"}
 COLORS = {"read": colors.BLACK, "hard": colors.VERMILLION, "stack": colors.PINK}
 
@@ -95,7 +95,7 @@ class Projection(Task):
             lines.append(Row(LABELS["read"], f"{1000 * median:.2f} ms", heading=heading))
             for name in ("hard", "stack"):
                 ratio = timing.quartiles([seconds[name] / seconds["read"] for seconds in rounds])
-                goal = GOAL if (name, n, width) == ("hard", 16, 1024) else None
+                goal = GOALS.get((keras.backend.backend(), name, n, width))
                 lines.append(timing.goal_row(f"{LABELS[name]} / reading", ratio, goal, heading))
         return lines
 
@@ -106,16 +106,17 @@ class Projection(Task):
             panels.append(("width", widths, "width of 16 square kernels"))
         for axes, (key, part, what) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             sizes = sorted({record[key] for record in part})
+            ends = []
             for name, text in LABELS.items():
                 found = [timing.quartiles([1000 * r["seconds"][name] for r in where(part, **{key: s})]) for s in sizes]
                 lower, median, upper = zip(*found, strict=True)
                 style = "--" if name == "read" else "o-"
                 axes.plot(sizes, median, style, color=COLORS[name], markersize=4)
                 axes.fill_between(sizes, lower, upper, color=COLORS[name], alpha=0.15, linewidth=0)
-                place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-                axes.annotate(text, (sizes[-1], median[-1]), color=COLORS[name], annotation_clip=False, **place)
-            axes.set(xscale="log", yscale="log", xlabel=what, ylabel="time (ms)")
+                ends.append((sizes[-1], median[-1], text, COLORS[name]))
+            axes.set(xscale="log", yscale="log", xlabel=what, ylabel="time (ms; median, quartiles)")
             axes.minorticks_off()
             axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
             axes.margins(x=0.05)
             axes.yaxis.set_major_formatter("{x:g}")
+            curves.name_ends(axes, ends)
