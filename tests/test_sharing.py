@@ -1,5 +1,8 @@
 """One variable in several layers, by `share`, and what `relation` says of variables, layers and models."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -162,6 +165,16 @@ def test_weights_in_lists_dictionaries_and_tuples_are_found():
     assert two.named["a"] is one.named["a"]
     assert two.fixed[0] is one.fixed[0]
     assert [variable.name for variable in two.trainable_variables] == ["listed", "named", "fixed"]
+
+
+def test_what_was_replaced_is_gone():
+    layers = [keras.layers.Dense(2) for _ in range(3)]
+    model = keras.Sequential([keras.Input((2,)), *layers])
+    replaced = [weakref.ref(weight) for layer in layers[1:] for weight in layer.weights]
+    share(*layers)
+    gc.collect()
+    assert [weight() for weight in replaced] == [None] * 4
+    assert len(model.weights) == 2
 
 
 def test_sharing_after_training_is_seen_by_the_next_step():

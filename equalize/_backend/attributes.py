@@ -9,11 +9,14 @@ from equalize._backend import keras_private
 
 
 def attributes(layer: keras.Layer) -> dict[str, Any]:
-    """The attributes of a layer, without Keras's own lists of its variables."""
+    """The attributes of a layer, without Keras's own lists of its variables and TensorFlow's of what it checkpoints.
+
+    Those of TensorFlow follow what is set; what is exchanged in only one of them stays in the other.
+    """
     return {
         name: value
         for name, value in vars(layer).items()
-        if not any(value is store for store in keras_private.own_variables(layer))
+        if not name.startswith("_self_") and not any(value is store for store in keras_private.own_variables(layer))
     }
 
 
