@@ -66,8 +66,8 @@ class Way:
     thorough: bool = False
 
     def compared(self, options: Options) -> Any:
-        """What `equalize.compare` takes for it; a run that is not full takes every second strength."""
-        strengths = options.choose(self.strengths[:1], self.strengths[::2], self.strengths)
+        """What `equalize.compare` takes for it; a run that is not full takes one strength."""
+        strengths = options.choose(self.strengths[:1], self.strengths[1:2], self.strengths)
         return (self.tie, list(strengths)) if strengths else self.tie
 
     def in_run(self, options: Options) -> bool:

@@ -98,7 +98,7 @@ class Files(Task):
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         if peaks.AVAILABLE:
-            rounds = options.choose(1, 3, 5)
+            rounds = options.choose(1, 1, 5)
             yield from peaks.probes(__name__, case["kind"], str(case["width"]), str(rounds))
 
     def rows(self, records: Sequence[Record]) -> list[Row]:

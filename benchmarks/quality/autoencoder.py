@@ -58,7 +58,7 @@ class Autoencoder(Compared):
     known: Mapping[str, ways.Way] = {name: way for name, way in Compared.known.items() if name != "shared"}
 
     def splits(self, options: Options) -> int:
-        return options.choose(1, 2, 8)
+        return options.choose(1, 1, 8)
 
     def parts(self, options: Options) -> Sequence[Case]:
         return [{"code": code} for code in options.choose((8,), (8,), (4, 8, 16))]

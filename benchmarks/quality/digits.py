@@ -89,10 +89,10 @@ class Digits(Compared):
     size = (7.5, 4.5)
 
     def splits(self, options: Options) -> int:
-        return options.choose(1, 2, 8)
+        return options.choose(1, 1, 8)
 
     def parts(self, options: Options) -> Sequence[Case]:
-        return [{"pairs": n} for n in options.choose((50, 100), (200, 800, 3200), (200, 800, 3200))]
+        return [{"pairs": n} for n in options.choose((50, 100), (200, 3200), (200, 800, 3200))]
 
     def problem(self, options: Options, case: Case) -> Problem:
         (images, same), test = load(options, case["split"])

@@ -102,7 +102,7 @@ class Filters(Compared):
     size = (9.0, 4.0)
 
     def splits(self, options: Options) -> int:
-        return options.choose(1, 2, 8)
+        return options.choose(1, 1, 8)
 
     def parts(self, options: Options) -> Sequence[Case]:
         return [{"order": order} for order in ORDERS]

@@ -95,7 +95,7 @@ class Transformer(Compared):
         def compile_(model: keras.Model) -> None:
             model.compile(keras.optimizers.Adam(5e-3), loss, **stretch(16))
 
-        count = min(len(train[0]), BATCH * options.choose(4, 160, 10_000))
+        count = min(len(train[0]), BATCH * options.choose(4, 96, 10_000))
         settings: Mapping[str, Any] = {
             "make_model": functools.partial(build, characters, BLOCKS),
             "members": members,
