@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.isotonic import isotonic_regression
 
 from benchmarks import colors, ways
 from benchmarks.task import Record, distinct, mean_and_error, where
@@ -75,6 +74,8 @@ def labelled_lines(
 
 def name_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names lines at their right ends, each an x, a y, a text and a colour: beside the axes, one above the other."""
+    from sklearn.isotonic import isotonic_regression
+
     gap = 11 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
     to_fraction = axes.transScale + axes.transLimits
     ends = sorted(ends, key=lambda end: end[1])

@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
 import time
 from collections.abc import Iterator
@@ -58,6 +57,8 @@ def _others() -> float | None:
     """The processor time that all others have had since the start of the machine, in seconds."""
     if not _TICKS.exists():
         return None
+    import resource  # which only Unix has
+
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, _TICKS.read_text("ascii").splitlines()[0].split()[1:])
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     own = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

@@ -48,12 +48,13 @@ def rows(task: Task, lines: Sequence[Mapping[str, Any]]) -> list[Row]:
     quiet = [line for line in lines if not task.timed or line.get("others", 0.0) <= machine.BUSY]
     if len(quiet) == len(lines):
         return found
-    sure = [dataclasses.replace(row, goal="", reached=None) for row in (task.rows(records(quiet)) if quiet else [])]
-    return [
-        row if dataclasses.replace(row, goal="", reached=None) in sure else
-        dataclasses.replace(row, goal="the machine was busy", reached=None)
-        for row in found
-    ]  # fmt: skip
+    sure = set(map(_without_goal, task.rows(records(quiet)))) if quiet else set()
+    busy = "the machine was busy"
+    return [row if _without_goal(row) in sure else dataclasses.replace(row, goal=busy, reached=None) for row in found]
+
+
+def _without_goal(row: Row) -> Row:
+    return dataclasses.replace(row, goal="", reached=None)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

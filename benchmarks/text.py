@@ -5,7 +5,7 @@ a random nine tenths of them, and is tested on a tenth.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -13,7 +13,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from benchmarks.task import Options
+from benchmarks import ways
+from benchmarks.comparing import Problem, stretch
+from benchmarks.task import Case, Options
 
 WIDTH, HEADS = 32, 2
 CONTEXT, BATCH, PIECE = 32, 16, 1024
@@ -39,6 +41,35 @@ def in_order(seed: int, samples: int, count: int) -> np.ndarray:
     """Which samples to take one after the other: all of them in a random order, again and again, up to the count."""
     generator = np.random.default_rng(seed)
     return np.concatenate([generator.permutation(samples) for _ in range(-(-count // samples))])[:count]
+
+
+def problem(
+    options: Options,
+    case: Case,
+    make_model: Callable[[int], keras.Model],
+    members: Callable[[keras.Model], ways.Groups],
+    *,
+    batches: int,
+    epochs: int,
+) -> Problem:
+    """What `equalize.compare` takes for a model of so many characters, trained on the first batches of a split."""
+    train, test, characters = load(options, case["split"])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def compile_(model: keras.Model) -> None:
+        model.compile(keras.optimizers.Adam(5e-3), loss, **stretch(16))
+
+    x, y = (side[: BATCH * batches] for side in train)
+    settings: Mapping[str, Any] = {
+        "make_model": functools.partial(make_model, characters),
+        "members": members,
+        "x": x,
+        "y": y,
+        "validation_data": test,
+        "compile": compile_,
+        "fit": {"batch_size": BATCH, "epochs": epochs},
+    }
+    return Problem(settings, scale=1 / float(np.log(2)))
 
 
 class Block(layers.Layer):

@@ -47,7 +47,7 @@ class Way:
         label: What tables and pictures call it.
         color: Its colour in pictures, that of its family.
         attach: Ties what is built, before `compile`, given the strength and the model's optimizer.
-        tie: What `equalize.compare` takes for it, and None where it computes what another way does.
+        tie: What `equalize.compare` takes for it, and None where no task compares it so.
         strengths: The strengths that `compare` tries; empty where the way has none.
         marker: Its marker in pictures, that of its rule.
         hard: Whether the members stay equal.
@@ -191,7 +191,7 @@ RATES = (0.003, 0.03, 0.3)
 def _penalty(kind: Any, marker: str, tie: Any = None) -> Way:
     """The way to tie with a regularizer of `equalize`; all but one are for full runs."""
     attach = _rule(lambda factor: kind(factor=factor))
-    return Way(f"soft: {kind.__name__}", colors.BLUE, attach, tie or kind(), FACTORS, marker, thorough=tie is None)
+    return Way(f"soft: {kind.__name__}", colors.BLUE, attach, tie, FACTORS, marker, thorough=tie is None)
 
 
 _SOFT = equalize.regularizers

@@ -1,7 +1,6 @@
 """Measures one case, perhaps in a process of its own. Imports Keras only when it measures."""
 
 import contextlib
-import gc
 import logging
 import os
 import sys
@@ -22,8 +21,7 @@ def measure(name: str, case: Case, options: Options) -> dict[str, Any]:
     line: dict[str, Any] = {"task": name, "case": case}
     with machine.watched(line):
         line["records"] = list(task.measure(options, case))
-    keras.backend.clear_session()
-    gc.collect()
+    keras.backend.clear_session()  # collects garbage, too
     return line
 
 

@@ -6,7 +6,6 @@ block is that of all blocks plus a product of two thin matrices, which only this
 scratch on the text of `benchmarks.text`, the tied part as one variable (`TiedOptimizer`).
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ import numpy as np
 from keras import layers, ops
 
 from benchmarks import colors, curves, ways
-from benchmarks.comparing import Compared, Problem, stretch
+from benchmarks.comparing import Compared, Problem
 from benchmarks.task import Case, Options, Record, Row, distinct, mean_and_error, plus_minus, where
-from benchmarks.text import BATCH, CONTEXT, HEADS, WIDTH, Embedding, load
+from benchmarks.text import CONTEXT, HEADS, WIDTH, Embedding, problem
 
 BLOCKS = 3
 
@@ -115,23 +114,14 @@ class Recursive(Compared):
         return ["exact"] if case["rank"] else ["untied", "exact"]
 
     def problem(self, options: Options, case: Case) -> Problem:
-        train, test, characters = load(options, case["split"])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-        def compile_(model: keras.Model) -> None:
-            model.compile(keras.optimizers.Adam(5e-3), loss, **stretch(16))
-
-        count = min(len(train[0]), BATCH * options.choose(4, 64, 10_000))
-        settings: Mapping[str, Any] = {
-            "make_model": functools.partial(build, characters, case["rank"]),
-            "members": members,
-            "x": train[0][:count],
-            "y": train[1][:count],
-            "validation_data": test,
-            "compile": compile_,
-            "fit": {"batch_size": BATCH, "epochs": options.choose(1, 1, 2)},
-        }
-        return Problem(settings, scale=1 / float(np.log(2)))
+        return problem(
+            options,
+            case,
+            lambda characters: build(characters, case["rank"]),
+            members,
+            batches=options.choose(4, 64, 10_000),
+            epochs=options.choose(1, 1, 2),
+        )
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []

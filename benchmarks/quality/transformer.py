@@ -6,7 +6,6 @@ A lite BERT (2020), table 4). The yardstick is a model without training: the cou
 smoothed by those of two and one (Jelinek and Mercer, Interpolated estimation of Markov source parameters (1980)).
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ import numpy as np
 
 import equalize
 from benchmarks import colors, curves, ways
-from benchmarks.comparing import Compared, Problem, stretch
+from benchmarks.comparing import Compared, Problem
 from benchmarks.task import Case, Options, Record, Row, plus_minus, where
-from benchmarks.text import BATCH, Block, Part, build, load
+from benchmarks.text import Block, Part, build, load, problem
 from equalize.constraints import Equal
 from equalize.optimizers import TiedOptimizer
 
@@ -89,23 +88,14 @@ class Transformer(Compared):
         return options.choose(1, 1, 8)
 
     def problem(self, options: Options, case: Case) -> Problem:
-        train, test, characters = load(options, case["split"])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-        def compile_(model: keras.Model) -> None:
-            model.compile(keras.optimizers.Adam(5e-3), loss, **stretch(16))
-
-        count = min(len(train[0]), BATCH * options.choose(4, 96, 10_000))
-        settings: Mapping[str, Any] = {
-            "make_model": functools.partial(build, characters, BLOCKS),
-            "members": members,
-            "x": train[0][:count],
-            "y": train[1][:count],
-            "validation_data": test,
-            "compile": compile_,
-            "fit": {"batch_size": BATCH, "epochs": options.choose(1, 1, 3)},
-        }
-        return Problem(settings, scale=1 / float(np.log(2)))
+        return problem(
+            options,
+            case,
+            lambda characters: build(characters, BLOCKS),
+            members,
+            batches=options.choose(4, 96, 10_000),
+            epochs=options.choose(1, 1, 3),
+        )
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
         lines = []

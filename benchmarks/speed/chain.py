@@ -43,7 +43,7 @@ def shapes(options: Options, usual: bool) -> list[tuple[int, int]]:
 
 def names(options: Options) -> list[str]:
     """The ways to time."""
-    return [name for name, way in ways.WAYS.items() if options.size == "full" or not way.thorough]
+    return [name for name, way in ways.WAYS.items() if way.in_run(options)]
 
 
 def build(length: int, width: int) -> tuple[keras.Model, ways.Groups]:
