@@ -38,7 +38,7 @@ def content(settings: Mapping[str, Any], lines: Lines, tasks: Mapping[str, Task]
         name: {"title": tasks[name].title, "rows": [dataclasses.asdict(row) for row in rows(tasks[name], of_task)]}
         for name, of_task in lines.items()
     }
-    others = max((line.get("others", 0.0) for name in lines if tasks[name].timed for line in lines[name]), default=0.0)
+    others = max((line.get("others", 0.0) for name in lines if tasks[name].timed for line in lines[name]), default=None)
     return {**settings, "seconds": seconds, "others": others, "tables": tables}
 
 

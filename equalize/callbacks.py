@@ -684,7 +684,8 @@ class TiedCheckpoint(keras.callbacks.ModelCheckpoint):
     """Keras's `ModelCheckpoint`, with files as `equalize.saving` writes them.
 
     Equal arrays are stored once, the ties travel with the model, and a file is replaced in one step. If the process
-    dies during a write, the last file is whole. `equalize.saving.load_model` reads the files, and so does Keras.
+    dies during a write, the last file is whole. `equalize.saving.load_model` reads the files. Keras does, too, without
+    the ties.
 
     Args:
         filepath: As `keras.callbacks.ModelCheckpoint` takes it, ending in `.keras`, or in `.weights.h5` with

@@ -623,7 +623,8 @@ class TiedOptimizer(keras.optimizers.Optimizer):
             raise NotLinkedError(
                 "TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are "
                 f"trained; received {self.registry!r}. Link or tie the model's layers before training: "
-                "`registry.link(model)`, or `registry.tie(...)`."
+                "`registry.link(model)`, or `registry.tie(...)`. After `untie` or `share`, compile with another "
+                "optimizer."
                 f"{'' if self._problem is None else f' Linking the loaded ties failed: {self._problem}'}"
             ) from self._problem
 

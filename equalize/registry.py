@@ -450,8 +450,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
         """Makes the members of hard groups one variable, so that what is exported holds it once; dissolves the groups.
 
         As `equalize.share` for groups that are equal: the first member takes the place of the others in their layers.
-        Compile before you train on, since an optimizer knows the variables of before. `model.export` and what reads
-        its files then store each weight once. Moving statistics that are tied are shared, too.
+        Compile before you train on, since the old optimizer updates the old variables. Moving statistics that are tied
+        are shared, too. What `model.export` writes then has one variable in place of many.
 
         Args:
             *names: Names of groups, or of ties of layers; all hard groups where none is named.

@@ -34,8 +34,9 @@ _PIECE = 2**20  # bytes that are copied at once
 def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: GroupRegistry | None = None) -> None:
     """Saves a model as a standard `.keras` file, with equal arrays stored once and the model's ties.
 
-    Keras loads the file as it loads its own, weights and optimizer alike. `load_model` also restores the ties. Files of
-    `model.save` lack those made with `registry.tie`.
+    Keras loads the file as it loads its own, weights and optimizer alike. It needs equalize for what names it: a
+    `TiedOptimizer` (or load with `compile=False`), and rules that layers declare. `load_model` also restores the ties.
+    A file of `model.save` lacks those made with `registry.tie`, unless the model was compiled with a `TiedOptimizer`.
 
     A new file is written beside the old one and replaces it in one step. If the process dies or the disk fills up, the
     old file is whole.
@@ -69,7 +70,7 @@ def save_model(model: keras.Model, filepath: str | os.PathLike[str], registry: G
     ties = _ties_of(_built(model), None if registry is None else checked_registry(registry))
     with _beside(target) as folder, zipfile.ZipFile(folder / target.name, "w") as archive:
         if ties:
-            archive.writestr(_TIES, json.dumps({"registry": {"groups": ties}}))
+            archive.writestr(_TIES, json.dumps({"registry": {"groups": ties}}), zipfile.ZIP_DEFLATED)
         with hdf5.writing(folder / _WEIGHTS) as file:
             keras_private.write_archive(model, archive, file)
         _put(archive, folder / _WEIGHTS)
@@ -79,7 +80,8 @@ def load_model(filepath: str | os.PathLike[str], **kwargs: Any) -> tuple[keras.M
     """Loads a model and ties it as it was when it was saved.
 
     It restores the ties that `save_model` wrote, those that layers declare, and those of a `TiedOptimizer`. All are
-    data: nothing in a file is run. A file that `model.save` wrote has the last two kinds.
+    data: nothing in a file is run. A file that `model.save` wrote has the last two kinds; with `compile=False`, those
+    of its optimizer are not loaded.
 
     Args:
         filepath: A file that `save_model` or Keras wrote.

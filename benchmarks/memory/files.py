@@ -91,6 +91,7 @@ class Files(Task):
     """Files of twelve tied transformer blocks."""
 
     title = "Files of twelve transformer blocks"
+    main = False
     size = (7.0, 3.0)
 
     def cases(self, options: Options) -> Sequence[Case]:

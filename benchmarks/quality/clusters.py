@@ -195,6 +195,7 @@ class Clusters(Task):
 
     title = "Twelve regressions in three clusters: which of them belong together"
     timed = False
+    main = False
     size = (8.5, 4.0)
 
     def cases(self, options: Options) -> Sequence[Case]:

@@ -134,6 +134,7 @@ class Conflicts(Task):
 
     title = "Three tasks on one trunk: reductions of conflicting gradients"
     timed = False
+    main = False
     size = (9.0, 3.8)
 
     def cases(self, options: Options) -> Sequence[Case]:

@@ -68,6 +68,7 @@ class Paths(Task):
 
     title = "Schools: paths of the weights under PairwiseNorm"
     timed = False
+    main = False
 
     def cases(self, options: Options) -> Sequence[Case]:
         factors = np.geomspace(0.02, 0.3, options.choose(2, 6, 16))

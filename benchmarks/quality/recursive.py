@@ -101,6 +101,7 @@ class Recursive(Compared):
     """Loss of a small transformer whose tied blocks have low-rank parts of their own."""
 
     title = "Tied transformer blocks with low-rank parts of their own: bits per character"
+    main = False
     size = (7.5, 4.0)
     known: Mapping[str, ways.Way] = {name: ways.WAYS[name] for name in ("untied", "exact")}
 

@@ -125,6 +125,7 @@ class Replicas(Task):
 
     title = "Four replicas on different digits: accuracy of what they agree on"
     timed = False
+    main = False
     size = (8.5, 4.5)
 
     def cases(self, options: Options) -> Sequence[Case]:

@@ -119,6 +119,7 @@ class Stages(Task):
 
     title = "Schools from soft to exact: explained variance of their models, on pupils held out"
     timed = False
+    main = False
     size = (8.5, 4.0)
 
     def cases(self, options: Options) -> Sequence[Case]:

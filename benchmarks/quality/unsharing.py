@@ -74,6 +74,7 @@ class Unsharing(Task):
 
     title = "Share, then unshare: four transformer blocks on text"
     timed = False
+    main = False
     size = (10.0, 4.2)
 
     def cases(self, options: Options) -> Sequence[Case]:

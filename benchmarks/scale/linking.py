@@ -71,6 +71,7 @@ class Scale(Task):
     """Time of `link` over the number of variables."""
 
     title = "Linking hard groups: time"
+    main = False
     size = (7.0, 3.6)
 
     def cases(self, options: Options) -> Sequence[Case]:

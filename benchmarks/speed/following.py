@@ -64,6 +64,7 @@ class Following(Task):
     """Time of training with a teacher that follows."""
 
     title = "A teacher that follows: step time"
+    main = False
     size = (6.0, 3.6)
 
     def cases(self, options: Options) -> Sequence[Case]:

@@ -145,6 +145,7 @@ class Reductions(Task):
     """Time of a step with a reduction."""
 
     title = "Gradients that conflict: step time"
+    main = False
     size = (7.5, 3.0)
 
     def cases(self, options: Options) -> Sequence[Case]:

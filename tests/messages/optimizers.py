@@ -87,7 +87,8 @@ def optimizer_inside_its_like():
     """
     TiedOptimizer has nothing to tie: expected a registry with a hard group among the variables that are
     trained; received <GroupRegistry: no groups>. Link or tie the model's layers before training:
-    `registry.link(model)`, or `registry.tie(...)`.
+    `registry.link(model)`, or `registry.tie(...)`. After `untie` or `share`, compile with another
+    optimizer.
     """
 )
 def optimizer_without_ties():
