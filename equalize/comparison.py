@@ -31,6 +31,12 @@ _LOWER = ("loss", "error", "mse", "mae", "mape", "msle", "rmse", "entropy", "div
 _HIGHER = ("acc", "auc", "precision", "recall", "f1", "fbeta", "r2", "iou", "similarity", "score")
 
 
+_CLOSE = (
+    f"{{}}: within {WITHIN:g} standard errors of the best. The error is that of the differences, seed by seed, or 1.4 "
+    "times that of the best, where this is smaller."
+)
+
+
 class Comparison:
     """What `compare` found: every run, the best way, a table and a picture.
 
@@ -87,7 +93,7 @@ class Comparison:
         at_end = [f"'{row.way}' at {row.strength:g}" for row in self._rows if row.at_end]
         lines = [
             f"{self.metric}: the mean over {counted(seeds, 'seed')} and its standard error; {direction} is better.",
-            f"Marked: within {WITHIN:g} standard errors of the best, seed by seed.",
+            *([_CLOSE.format("≈" if print_fn is None else "~")] if any(row.close for row in self._rows) else []),
             f"Step: median time of a training step{', over that of untied' if relative else ''}. Free: weights that "
             "training can choose. Spread: how far apart the members came to be.",
             *self._notes,
@@ -180,11 +186,12 @@ def compare(
               at 0.001, 0.01, 0.1 and 1);
             - a rule, such as `equalize.regularizers.PairwiseNorm(factor=0.1)`;
             - a reduction, such as `equalize.reductions.PCGrad()`: `"exact"` with it;
-            - a function of `(model, registry, members)` that ties, before the model is compiled. What it may return:
+            - a function of `(model, registry, members)`, where `members` is what your `members` returned. It ties,
+              before the model is compiled. What it may return:
               callbacks for `fit`, an optimizer, a function from the optimizer of `compile` to another one (`lambda
               optimizer: TiedOptimizer(optimizer, registry, reduction="mean")`), or a list of these;
-            - a pair of one of these and a list of strengths, as in `("soft", [0.1, 1.0])`. A function gets the
-              strength as a fourth argument.
+            - a pair of one of these and a list of strengths, as in `("soft", [0.1, 1.0])` or `(PairwiseNorm(), [0.01,
+              0.1])`, which replace the rule's factor or rate. A function gets the strength as a fourth argument.
         validation_data: What the ways are compared on, as `model.fit` takes it, but no generator.
         compile: The arguments of `model.compile`, where the optimizer may be an object, a name, a config, a class or a
             function: each run has a new one. Or a function that compiles the model it is given.
@@ -195,8 +202,9 @@ def compare(
         metric: The name of the result of `model.evaluate` to compare.
         mode: `"min"` or `"max"`, for the better results; `"auto"` knows by the name of the metric.
         path: A file ending in `.jsonl` that keeps finished runs. After an interruption, the same call goes on. Ways,
-            strengths and seeds may be added. A function among the ways is known by its name, and one that makes models
-            by their weights.
+            strengths and seeds may be added; strengths only where some way had several from the start, or `fit` has a
+            `validation_split`. A function among the ways is known by its name, and `make_model` by the weights of what
+            it makes.
 
     Returns:
         The `Comparison`.

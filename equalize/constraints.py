@@ -30,7 +30,8 @@ class GroupConstraint(rules.Rule, keras.constraints.Constraint):
 
     Keras calls the constraint of one variable at a time. Here the first call of a step projects all members at once.
     Linking, views, saving, `TieMonitor` and distribution work as for `Equal`, which is written on this class.
-    `GroupRegistry.check` compares the members with their own projection, up to rounding.
+    `GroupRegistry.check` compares the members with their own projection, up to rounding, so a projection must leave
+    what it has projected as it is. For members that become one value, or are pulled towards one, subclass `Equal`.
 
     A subclass with its own arguments passes `group`, `view` and `inner` on, and adds the others to `get_config`.
     Register it with Keras to save and load it. `same_shape = False` in the class admits members of unlike shapes. They
@@ -106,6 +107,8 @@ class GroupConstraint(rules.Rule, keras.constraints.Constraint):
 class Equal(GroupConstraint):
     """Keeps the variables of a group equal: after every optimizer step each becomes the group's mean.
 
+    A subclass that writes `common_value` has another value than the mean.
+
     Averaging is not sharing. Every member takes its own optimizer step, with its own slots, and then all become the
     mean: the orthogonal projection argmin over p of Σ weight_i · ‖w_i − p‖². With SGD that is one shared variable at
     the learning rate divided by the number of members. With Adam it is something else, since each member has its own
@@ -180,12 +183,23 @@ class Equal(GroupConstraint):
         if any(self.fixed):
             target = values[self.fixed.index(True)]
         else:
-            target = means.mean(values, self.weights)
+            target = self.common_value(values)
             target = target if self.inner is None else ops.cast(self.inner(target), target.dtype)
         if self.hard:
             return [target] * len(values)
         target = backend.computed_once(target)
         return means.relax(values, target, self.rate)
+
+    def common_value(self, values: Sequence[Tensor]) -> Tensor:
+        """The value that members become, or are pulled towards: their weighted mean.
+
+        Args:
+            values: One tensor a member, as its view pulls it back, in the dtype of the variables.
+
+        Returns:
+            A tensor of the same shape; where all values are equal, that value.
+        """
+        return means.mean(values, self.weights)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"rate": self.rate, "weight": self.weight}

@@ -56,7 +56,7 @@ class GroupRegistry(Mapping[str, TiedGroup]):
     >>> model = keras.Sequential([keras.Input((4,)), first, second])
     >>> registry = equalize.GroupRegistry()
     >>> group = registry.tie("layers", [first.kernel, second.kernel], equalize.constraints.Equal())
-    >>> equalize_report = registry.check()  # raises if they are not equal
+    >>> registry.check()  # raises if they are not equal
     >>> list(registry), group.hard, group.spread()
     (['layers'], True, 0.0)
     """
@@ -609,6 +609,8 @@ class GroupRegistry(Mapping[str, TiedGroup]):
 
     def spread(self) -> dict[str, float]:
         """How far apart the members of each group are: the largest entry of max − min, 0.0 if they are equal.
+
+        Under a custom `GroupConstraint` it is how far the members are from their own projection.
 
         Returns:
             The spread by the group's name.

@@ -65,6 +65,31 @@ class JointNorm(GroupConstraint):
 
 
 @keras.saving.register_keras_serializable("own")
+class Median(Equal):
+    """Each member becomes the median, or is pulled towards it."""
+
+    def common_value(self, values):
+        return ops.median(ops.stack(values), axis=0)
+
+
+@keras.saving.register_keras_serializable("own")
+class Longest(Equal):
+    """Members become the one of the largest norm to a power, which looks at all of its entries."""
+
+    def __init__(self, group=None, *, power=1.0, rate=1.0, weight=1.0, view=None, inner=None):
+        super().__init__(group, rate=rate, weight=weight, view=view, inner=inner)
+        self.power = power
+
+    def common_value(self, values):
+        stacked = ops.stack(values)
+        norms = ops.sum(ops.square(stacked), axis=tuple(range(1, len(stacked.shape))))
+        return stacked[ops.argmax(self.power * norms)]
+
+    def get_config(self):
+        return super().get_config() | {"power": self.power}
+
+
+@keras.saving.register_keras_serializable("own")
 class EWC(GroupRegularizer):
     """½ · Σ F · (w − w₀)², with the diagonal F of a Fisher matrix; w₀ is the second member, an anchor.
 
@@ -161,6 +186,45 @@ def test_a_declared_rule_is_trained_monitored_saved_and_linked_again(mode, tmp_p
     again.check(atol=1e-5)
     registry.untie()
     assert all(head.kernel.constraint is None and head.kernel_constraint is None for head in heads)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_another_value_than_the_mean(mode, rate, tmp_path):
+    x, y = data()
+    layers = [keras.layers.Dense(2) for _ in range(3)]
+    inputs = keras.Input((x.shape[1],))
+    model = keras.Model(inputs, keras.layers.add([layer(inputs) for layer in layers]))
+    registry = equalize.GroupRegistry()
+    registry.tie("heads", layers, Median(rate=rate))
+    model.compile("adam", no_loss, **MODES[mode])
+    kernels = [layer.kernel for layer in layers]
+    if rate == 1.0:
+        assert len({array(kernel).tobytes() for kernel in kernels}) == 1
+    for place, kernel in enumerate(kernels):
+        kernel.assign(np.full(kernel.shape, [0.0, 1.0, 5.0][place], "float32"))
+    model.fit(x, y, batch_size=len(x), verbose=0, callbacks=[TieMonitor(registry)])  # without gradients
+    expected = [rate * 1.0, 1.0, 5.0 - 4.0 * rate]
+    for kernel, value in zip(kernels, expected, strict=True):
+        np.testing.assert_array_equal(array(kernel), np.full(kernel.shape, value, "float32"))
+    registry.check()
+    equalize.saving.save_model(model, tmp_path / "median.keras", registry)
+    _, ties = equalize.saving.load_model(tmp_path / "median.keras", compile=False)
+    assert ties["heads/kernel"].rule.describe() == Median(rate=rate).describe()
+
+
+def test_a_subclass_of_equal_is_projected_group_by_group():
+    groups = [kernels(2, (3,)) for _ in range(2)]
+    registry = equalize.GroupRegistry()
+    for place, group in enumerate(groups):
+        registry.tie(f"group {place}", group, Longest(power=(1.0, -1.0)[place]))
+    optimizer = keras.optimizers.SGD(1.0)
+    variables = [variable for group in groups for variable in group]
+    optimizer.build(variables)
+    for one, two in groups:
+        one.assign([1.0, 1.0, 1.0]), two.assign([0.0, 3.0, 0.0])
+    optimizer.apply([ops.zeros_like(variable.value) for variable in variables], variables)
+    assert [array(variable).tolist() for variable in variables] == [[0, 3, 0], [0, 3, 0], [1, 1, 1], [1, 1, 1]]
 
 
 def test_a_multiple_of_another_member_is_a_tie_with_a_view():

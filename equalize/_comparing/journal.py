@@ -61,7 +61,8 @@ class Journal:
         raise EqualizeError(
             f"`path` is a file of {f'a comparison with another {other}' if known else 'something else'}: "
             f"{self._path!r}. Expected: a file of a comparison with these settings, or none. Give another `path`, or "
-            "remove it to begin anew. Ways, strengths and seeds may be added."
+            "remove it to begin anew. Ways, strengths and seeds may be added; strengths only where some way had "
+            "several from the start, or `fit` has a `validation_split`."
         )
 
 

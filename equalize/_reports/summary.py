@@ -91,15 +91,16 @@ def print_comparison(
     about, like = ("+-", "~") if plain else ("±", "≈")
     table = rich.table.Table(box=_box(plain=plain), show_edge=False, pad_edge=False)
     table.add_column("Way", overflow="fold")
-    for heading in ("Strength", rich.markup.escape(metric), "", "Step", "Free", "Spread"):
+    for heading in ("Strength", rich.markup.escape(metric), "Step", "Free", "Spread"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        score = "failed" if row.problem else f"{_short(row.score)} {about} {row.error:.2g}"
+        error = "" if math.isnan(row.error) else f" {about} {row.error:.2g}"
+        score = "failed" if row.problem else f"{like} " * row.close + _short(row.score) + error
         strength = "" if row.strength is None else f"{row.strength:g}"
         free = "" if row.free is None else f"{row.free:,}"
         name = rich.markup.escape(row.way)
         spread = "" if math.isnan(row.spread) else f"{row.spread:.3g}"
-        table.add_row(name, strength, score, like * row.close, _step(row.step, relative), free, spread)
+        table.add_row(name, strength, score, _step(row.step, relative), free, spread)
     failed = [rich.markup.escape(f"{row.way}: {row.problem}") for row in rows if row.problem]
     _print(lambda console: console.print(table, *failed, *map(rich.markup.escape, closing), sep="\n"), print_fn)
 

@@ -52,7 +52,8 @@ class Rule(Tying, abc.ABC):
     """Whether weights of members mean something to the rule, at least where all pairs have one strength."""
 
     entrywise: ClassVar[bool] = False
-    """Whether `project` treats each entry by itself, so that small members of many groups can be joined."""
+    """Whether `project` treats each entry by itself, so that small members of many groups can be joined. A subclass
+    says so for itself, since it may project otherwise."""
 
     group: str | None
     view: View | None = None
@@ -67,6 +68,7 @@ class Rule(Tying, abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Has the rule refuse changes once its constructor, the one of its own class, has returned."""
         super().__init_subclass__(**kwargs)
+        cls.entrywise = vars(cls).get("entrywise", False)
         if "__init__" not in vars(cls):
             return
         construct = cls.__init__

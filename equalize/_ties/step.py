@@ -16,6 +16,7 @@ from equalize._backend import Tensor, WriteTracker
 from equalize._math import means
 from equalize._ties.member import Member
 from equalize._ties.rules import Rule
+from equalize.errors import EqualizeError
 
 
 @dataclass
@@ -144,4 +145,10 @@ class Penalty:
 def scaled(rule: Rule, factor: float | Tensor, values: Sequence[Tensor]) -> Tensor:
     """The penalty of a rule, times a factor."""
     penalty = rule.penalty(values)  # type: ignore[attr-defined]
+    shape = tuple(getattr(penalty, "shape", ()))
+    if shape:
+        raise EqualizeError(
+            f"`penalty` of {rule.describe()} must return a scalar, the whole penalty of the group. Received: a tensor "
+            f"of shape {shape}."
+        )
     return penalty * (factor if isinstance(factor, (int, float)) else ops.cast(factor, penalty.dtype))

@@ -10,9 +10,11 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 import equalize
 from equalize.constraints import Equal, GroupConstraint
+from equalize.regularizers import GroupRegularizer
 from tests.conftest import BACKEND
 
 CASES = {}
@@ -50,6 +52,13 @@ class Nothing(GroupConstraint):
 
     def project(self, values) -> Any:
         return "nothing"
+
+
+class Columns(GroupRegularizer):
+    """A custom penalty for each column, in the place of one for all."""
+
+    def penalty(self, values):
+        return ops.sum(ops.square(values[0] - values[1]), axis=0)
 
 
 def dense(*names, units=3, inputs=4, **arguments):

@@ -336,7 +336,7 @@ def a_file_in_no_folder():
     """
     `path` is a file of something else: 'runs.jsonl'. Expected: a file of a comparison with these
     settings, or none. Give another `path`, or remove it to begin anew. Ways, strengths and seeds may be
-    added.
+    added; strengths only where some way had several from the start, or `fit` has a `validation_split`.
     """
 )
 def a_file_of_another_comparison():

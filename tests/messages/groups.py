@@ -7,7 +7,7 @@ import equalize
 from equalize.callbacks import TieMonitor
 from equalize.constraints import Equal
 from equalize.regularizers import MeanL2
-from tests.messages import Nothing, OfUnlikeShapes, OneForAll, compiled, message, tied, variable
+from tests.messages import Columns, Nothing, OfUnlikeShapes, OneForAll, compiled, message, tied, variable
 
 
 @message(
@@ -120,6 +120,17 @@ def common_value_of_unlike_shapes():
 def projection_to_other_shapes():
     registry, _layers = tied(OneForAll())
     registry.project()
+
+
+@message(
+    """
+    `penalty` of Columns() must return a scalar, the whole penalty of the group. Received: a tensor of
+    shape (3,).
+    """
+)
+def penalty_of_columns():
+    registry, _layers = tied(Columns())
+    registry.penalty()
 
 
 @message(
