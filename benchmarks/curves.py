@@ -76,6 +76,7 @@ def name_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names lines at their right ends, each an x, a y, a text and a colour: beside the axes, one above the other."""
     from sklearn.isotonic import isotonic_regression
 
+    axes.autoscale_view()  # which Matplotlib puts off until it draws
     gap = 11 / (axes.get_window_extent().height * 72 / axes.figure.dpi)
     to_fraction = axes.transScale + axes.transLimits
     ends = sorted(ends, key=lambda end: end[1])
@@ -110,15 +111,14 @@ def trade(
             points.append((weights, mean, name))
         axes.margins(x=0.25, y=0.1)
         most, (low, high) = max(points)[0], axes.get_ylim()
-        for side in (False, True):
-            free = -float("inf")
-            for weights, mean, name in sorted(points, key=lambda point: point[1]):
-                if (weights == most) == side:
-                    free = max(mean, free + (high - low) * 0.05)
-                    place = {"xytext": (weights, free), "textcoords": "data", "ha": "right" if side else "left"}
-                    text = f"{known[name].label} {mean:.{digits}f}"
-                    text = f"{text}   " if side else f"   {text}"
-                    axes.annotate(text, (weights, mean), color=known[name].color, va="center", fontsize=8, **place)
+        free = -float("inf")
+        for weights, mean, name in sorted(points, key=lambda point: point[1]):
+            free = max(mean, free + (high - low) * 0.05)
+            text = f"{known[name].label} {mean:.{digits}f}"
+            text, side = (f"{text}   ", "right") if weights == most else (f"   {text}", "left")
+            axes.annotate(
+                text, (weights, mean), (weights, free), color=known[name].color, ha=side, va="center", fontsize=8
+            )
         axes.set(title=f"{key} of {value}" if len(values) > 1 else "", xlabel="free weights", ylabel=what)
         axes.xaxis.set_major_formatter("{x:,.0f}")
     explain(axes)

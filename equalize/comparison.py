@@ -160,8 +160,8 @@ def compare(
     """Trains a model tied in several ways, and tells which is best on data that none was trained on.
 
     For each seed, every way starts from the same initial values and sees the same batches. So `"exact"` and `"shared"`,
-    which are one computation, have the same score. What ways are compared on is `validation_data`; without it, a fifth
-    of the training data, drawn anew for each seed. Where some way has several strengths, these are chosen on another
+    which are one computation, have the same score, up to rounding. What ways are compared on is `validation_data`;
+    without it, a fifth of the training data, drawn anew for each seed. Where some way has several strengths, these are chosen on another
     fifth (or the part that `fit={"validation_split": ...}` says), never on what the ways are compared on: the strength
     with the best mean over the seeds. All ways train on the same rest.
 

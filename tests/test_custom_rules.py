@@ -222,7 +222,8 @@ def test_a_subclass_of_equal_is_projected_group_by_group():
     variables = [variable for group in groups for variable in group]
     optimizer.build(variables)
     for one, two in groups:
-        one.assign([1.0, 1.0, 1.0]), two.assign([0.0, 3.0, 0.0])
+        one.assign([1.0, 1.0, 1.0])
+        two.assign([0.0, 3.0, 0.0])
     optimizer.apply([ops.zeros_like(variable.value) for variable in variables], variables)
     assert [array(variable).tolist() for variable in variables] == [[0, 3, 0], [0, 3, 0], [1, 1, 1], [1, 1, 1]]
 

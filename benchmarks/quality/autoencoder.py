@@ -54,7 +54,7 @@ class Autoencoder(Compared):
     """Reconstruction error of tied and untied autoencoders."""
 
     title = "Transposed autoencoder on digits: variance not reconstructed"
-    size = (7.5, 4.5)
+    size = (9.5, 4.5)
     known: Mapping[str, ways.Way] = {name: way for name, way in Compared.known.items() if name != "shared"}
 
     def splits(self, options: Options) -> int:
