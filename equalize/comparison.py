@@ -161,9 +161,9 @@ def compare(
 
     For each seed, every way starts from the same initial values and sees the same batches. So `"exact"` and `"shared"`,
     which are one computation, have the same score, up to rounding. What ways are compared on is `validation_data`;
-    without it, a fifth of the training data, drawn anew for each seed. Where some way has several strengths, these are chosen on another
-    fifth (or the part that `fit={"validation_split": ...}` says), never on what the ways are compared on: the strength
-    with the best mean over the seeds. All ways train on the same rest.
+    without it, a fifth of the training data, drawn anew for each seed. Where some way has several strengths, these are
+    chosen on another fifth (or the part that `fit={"validation_split": ...}` says), never on what the ways are compared
+    on: the strength with the best mean over the seeds. All ways train on the same rest.
 
     Results are those of `model.evaluate`, without penalties on weights: a soft tie's penalty is part of its training,
     and not of its score. Penalties on what layers return, and losses that `add_loss` adds, count.
