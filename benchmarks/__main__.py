@@ -21,7 +21,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help=argparse.SUPPRESS)
     size.add_argument(
-        "--quick", dest="size", action="store_const", const="quick", help="about seven minutes on two cores (default)"
+        "--quick", dest="size", action="store_const", const="quick", help="about four minutes on two cores (default)"
     )
     size.add_argument(
         "--full",
