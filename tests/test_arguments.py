@@ -449,7 +449,7 @@ CALLED_BY_MEMBERS = {
     "least_squares",
     "multiplicity",
 }  # of a view
-CALLED_BY_GROUP = {"checked_strength", "having", "penalty", "project", "subset"}  # of a rule
+CALLED_BY_GROUP = {"checked_strength", "common_value", "having", "penalty", "project", "subset"}  # of a rule
 CALLED_BY_KERAS = {
     "handing_over",  # of the registry, with its own groups
     "apply_gradients",  # hands over to `apply`
