@@ -90,6 +90,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 9,
     "svg.hashsalt": "equalize",
+    "svg.fonttype": "none",
 }
 
 

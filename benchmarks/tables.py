@@ -30,11 +30,8 @@ def describe(content: Mapping[str, Any]) -> str:
     """What a part ran on."""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     machine, minutes = content["machine"], sum(content["seconds"].values()) / 60
-    quiet = (
-        ""
-        if content["others"] is None
-        else (f"; while times were taken, others kept at most {content['others']:.2f} of a core busy")
-    )
+    others = content["others"]  # None where nothing was timed
+    quiet = "" if others is None else f"; while times were taken, others kept at most {others:.2f} of a core busy"
     return (
         f"Commit {content['commit']}, `--{content['size']}`, seed {content['seed']}, backend {content['backend']}, "
         f"{minutes:.0f} minutes summed over the cases. {machine['cores']} cores of {machine['processor']}, "

@@ -19,7 +19,7 @@ from equalize._inputs import arguments
 from equalize._inputs.arguments import counted, received
 from equalize._reports import plots, summary
 from equalize._reports.progress import bar
-from equalize._reports.results import WITHIN, Row, rows
+from equalize._reports.results import Row, rows
 from equalize.errors import EqualizeError
 
 __all__ = ["Comparison", "compare"]
@@ -29,12 +29,6 @@ _HELD_OUT = 0.2
 
 _LOWER = ("loss", "error", "mse", "mae", "mape", "msle", "rmse", "entropy", "divergence", "hinge", "poisson")
 _HIGHER = ("acc", "auc", "precision", "recall", "f1", "fbeta", "r2", "iou", "similarity", "score")
-
-
-_CLOSE = (
-    f"{{}}: within {WITHIN:g} standard errors of the best. The error is that of the differences, seed by seed, or 1.4 "
-    "times that of the best, where this is smaller."
-)
 
 
 class Comparison:
@@ -93,7 +87,6 @@ class Comparison:
         at_end = [f"'{row.way}' at {row.strength:g}" for row in self._rows if row.at_end]
         lines = [
             f"{self.metric}: the mean over {counted(seeds, 'seed')} and its standard error; {direction} is better.",
-            *([_CLOSE.format("≈" if print_fn is None else "~")] if any(row.close for row in self._rows) else []),
             f"Step: median time of a training step{', over that of untied' if relative else ''}. Free: weights that "
             "training can choose. Spread: how far apart the members came to be.",
             *self._notes,

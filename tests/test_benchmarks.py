@@ -259,4 +259,4 @@ def numbers_in(text):
 
 def test_the_results_are_small():
     kept = [path for kind in ("json", "svg") for path in tables.RESULTS.glob(f"*/*.{kind}")]
-    assert 0 < sum(path.stat().st_size for path in kept) < 3_000_000
+    assert 0 < sum(path.stat().st_size for path in kept) < 2_000_000

@@ -13,7 +13,7 @@ import rich.table
 
 from equalize._inputs.arguments import counted
 from equalize._reports.advice import FRACTIONS, Advice
-from equalize._reports.results import Row
+from equalize._reports.results import WITHIN, Row
 from equalize._ties.tied_group import TiedGroup, by_tie
 
 # Logs are read in editors and mail, and by programs that know ASCII only.
@@ -101,8 +101,14 @@ def print_comparison(
         name = rich.markup.escape(row.way)
         spread = "" if math.isnan(row.spread) else f"{row.spread:.3g}"
         table.add_row(name, strength, score, _step(row.step, relative), free, spread)
-    failed = [rich.markup.escape(f"{row.way}: {row.problem}") for row in rows if row.problem]
-    _print(lambda console: console.print(table, *failed, *map(rich.markup.escape, closing), sep="\n"), print_fn)
+    below = [f"{row.way}: {row.problem}" for row in rows if row.problem]
+    if any(row.close for row in rows):
+        below.append(
+            f"{like}: within {WITHIN:g} standard errors of the best. The error is that of the differences, seed "
+            "by seed, or 1.4 times that of the best, where this is smaller."
+        )
+    below += closing
+    _print(lambda console: console.print(table, *map(rich.markup.escape, below), sep="\n"), print_fn)
 
 
 def _step(step: float, relative: bool) -> str:
