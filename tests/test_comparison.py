@@ -340,6 +340,61 @@ def test_subclassed_models_and_structures_of_inputs():
         compare(Subclassed, lambda m: {"parts": m.parts}, x, y, seeds=1, **arguments)
 
 
+class CountingSteps(keras.Sequential):
+    """Counts how often its training step runs, or is traced."""
+
+    steps = 0
+
+    def train_step(self, *arguments, **named):
+        CountingSteps.steps += 1
+        return super().train_step(*arguments, **named)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends build all before they trace")
+def test_a_step_is_traced_once():
+    def make():
+        return CountingSteps([keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(4)])
+
+    arguments = {
+        "compile": {"optimizer": "adam", "loss": "mse", "metrics": ["mae"]},
+        "fit": {"epochs": 2, "batch_size": 8},
+    }
+    x = np.ones((32, 4), "float32")
+    ways = ["untied", "exact", "hard", "soft", "shared"]
+    CountingSteps.steps = 0
+    comparison = compare(make, lambda model: {"layers": model.layers}, x, x, ways=ways, seeds=1, **arguments)
+    assert [record["error"] for record in comparison.records] == [None] * len(comparison.records)
+    assert CountingSteps.steps == len(comparison.records)
+
+
+class OwnSteps(keras.Sequential):
+    """Its metrics need what its steps note."""
+
+    def train_step(self, data):
+        self.noted = True
+        return super().train_step(data)
+
+    def test_step(self, data):
+        self.noted = True
+        return super().test_step(data)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        assert self.noted
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="on other backends Keras asks for metrics before its steps")
+def test_what_cannot_be_built_before_training_is_built_by_it():
+    arguments = {"compile": {"optimizer": "adam", "loss": "mse", "metrics": ["mae"]}, "fit": {"epochs": 1}}
+    x = np.ones((8, 4), "float32")
+
+    def make():
+        return OwnSteps([keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(4)])
+
+    comparison = compare(make, lambda model: {"layers": model.layers}, x, x, ways=["hard"], seeds=1, **arguments)
+    assert comparison.records[0]["error"] is None
+
+
 # ---- what users give
 
 

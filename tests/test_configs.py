@@ -289,7 +289,8 @@ def change(path, value):
 )
 def test_what_is_wrong_with_a_config_is_said(config, match):
     with pytest.raises(
-        EqualizeError, match="(?s)^(This is not the config of a registry|The config of group .* is damaged).*" + match
+        EqualizeError,
+        match="(?s)^(This is not the config of a registry|The config of group .* cannot be used).*" + match,
     ):
         equalize.GroupRegistry.from_config(config)
 

@@ -9,6 +9,7 @@ import zipfile
 
 import h5py
 import keras
+import numpy as np
 import pytest
 from keras import ops
 
@@ -201,6 +202,17 @@ def what_muon_trains_by_adamw():
         assert (keras_private.uses_adamw(muon, kernel), keras_private.uses_adamw(muon, bias)) == (False, True)
 
 
+def building_before_training():
+    one = model()
+    one.compile("adam", "mse", metrics=["mae"])
+    x, y = np.zeros((1, 3), "float32"), np.zeros((1, 2), "float32")
+    values = one.get_weights()
+    keras_private.build_for_training(one, x, y)
+    assert one.optimizer.built
+    assert len(one.metrics_variables) == 4  # a sum and a count for the loss, and for the error
+    assert all((old == new).all() for old, new in zip(values, one.get_weights(), strict=True))
+
+
 def what_keras_saves():
     one = model()
     with tempfile.TemporaryDirectory() as folder:
@@ -247,6 +259,7 @@ USES = {
     "decays": what_weight_decay_applies_to,
     "optimizer_for": the_optimizer_that_several_leave_to_a_variable,
     "uses_adamw": what_muon_trains_by_adamw,
+    "build_for_training": building_before_training,
     "write_weights": what_keras_saves,
     "write_archive": the_rest_of_what_keras_saves,
 }

@@ -13,7 +13,7 @@ from equalize.errors import EqualizeError, GroupMismatchError
 from equalize.optimizers import TiedOptimizer
 from equalize.regularizers import ChainL2, MeanL2, PairwiseL1, PairwiseL2, PairwiseNorm, TraceNorm
 from equalize.saving import load_model, save_model
-from equalize.views import Scale, Slice, Transpose
+from equalize.views import Pattern, Scale, Slice, Transpose
 from tests.bare import random_gradients, stepper
 from tests.conftest import BACKEND, MODES, bits, bitwise_equal, gradients
 
@@ -238,6 +238,28 @@ def test_what_does_not_fit_does_not_join_and_changes_nothing():
         registry.extend("other", [wide])
     assert registry.get_config() == before
     assert wide.kernel.constraint is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "members", "message"),
+    [
+        (Equal(), [0, 1], "belongs to group 'other' already"),
+        (Equal(rate=0.5), [0, 1], "belongs to group 'other' already"),
+        (Equal(), [(0, Pattern([[0, 1], [1, 0]], (2, 1)))], "belongs to group 'other' already"),
+        (Follow(rate=0.5), [0, 1], "what follows cannot lead"),
+        (Follow(rate=0.5), [1, 0], "belongs to group 'other' already"),
+    ],
+)
+def test_what_another_group_moves_or_follows_cannot_join_those_who_follow(rule, members, message):
+    """The first that joins a group is not its leader."""
+    places = [keras.Variable(np.full((2, 2), float(i))) for i in range(2)]
+    leader, follower = keras.Variable(np.zeros((2, 2))), keras.Variable(np.zeros((2, 2)), trainable=False)
+    registry = equalize.GroupRegistry()
+    registry.tie("other", [places[m] if isinstance(m, int) else (places[m[0]], m[1]) for m in members], rule)
+    registry.tie("teacher", [leader, follower], Follow(rate=0.5))
+    with pytest.raises(GroupMismatchError, match=message):
+        registry.extend("teacher", [places[0]])
+    assert len(registry["teacher"].members) == 2
 
 
 def test_a_declared_group_is_extended_by_declaring():

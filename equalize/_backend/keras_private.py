@@ -154,6 +154,14 @@ def uses_adamw(optimizer: Any, variable: keras.Variable) -> bool | None:
     return bool(optimizer._should_use_adamw(variable)) if hasattr(optimizer, "_should_use_adamw") else None
 
 
+def build_for_training(model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None) -> None:
+    """Makes the state of a compiled model's metrics, loss and optimizer, from the shapes of a batch.
+
+    On JAX and PyTorch `fit` does so. On TensorFlow the step makes it, and is traced once more for that.
+    """
+    model._symbolic_build(data_batch=(x, y, sample_weight))
+
+
 def write_weights(model: keras.Model, file: Any, assets: Any = None) -> None:
     """Has a model write its state, and its optimizer's, into what behaves as an `h5py.File`, in Keras's layout."""
     from keras.src.saving import saving_lib

@@ -1,5 +1,6 @@
 """One run of a comparison: a new model, tied in one way, trained and looked at."""
 
+import contextlib
 import functools
 import gc
 import math
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 
-from equalize._backend import living
+from equalize._backend import keras_private, living
 from equalize._comparing.samples import Samples
 from equalize._comparing.ways import Members, Way
 from equalize._inputs import configs
@@ -144,6 +146,10 @@ class Task:
         callbacks += own if isinstance(own, (list, tuple)) else [] if own is None else [own]
         if own and data.choice is not None:  # they may ask for `val_loss`; in all ways, since it draws random numbers
             given["validation_data"] = tuple(data.choice.parts.values())
+        if not model.run_eagerly:
+            with contextlib.suppress(Exception):  # what cannot be built without values, the step builds
+                batch = np.arange(min(given.get("batch_size") or 32, data.train.count))
+                keras_private.build_for_training(model, **data.train.take(batch).parts)
         keras.utils.set_random_seed(seed)  # ties may draw random numbers, and batches must be the same
         model.fit(**data.train.parts, **given, callbacks=callbacks)
         if "validation_data" in given:

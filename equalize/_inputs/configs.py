@@ -25,7 +25,7 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
             Where it is given, a registered function will do as well.
 
     Raises:
-        EqualizeError: The config is damaged, or describes something else.
+        EqualizeError: The config is damaged, or describes something else, or its class is not registered.
     """
     entries = config if isinstance(config, dict) else {}
     class_name, data = entries.get("class_name"), entries.get("config")
@@ -49,9 +49,13 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
             f"{received(config)}."
         ) from error
     if not isinstance(made, kind):
+        known = found is not None or not isinstance(registered, str)
+        missing = (
+            "" if known else f" Nothing is registered as '{registered}': decorate the class, or import its module."
+        )
         raise EqualizeError(
             f"Expected the config of {what}, of a class that is registered with "
-            f"`keras.saving.register_keras_serializable`. Received: {received(config)}."
+            f"`keras.saving.register_keras_serializable`. Received: {received(config)}.{missing}"
         )
     return made
 

@@ -94,7 +94,7 @@ def checked_config(config: Any) -> list[dict[str, Any]]:
                 if "constant" in member:
                     _array_of(member["constant"])
         except (EqualizeError, TypeError) as error:
-            raise EqualizeError(f"The config of group '{entry['name']}' is damaged. {error} {_UNCHANGED}") from error
+            raise EqualizeError(f"The config of group '{entry['name']}' cannot be used. {error}") from error
         rule = rule_of(entry)
         if "statistics" in entry and not (rule.hard or rule.directed or rule.slot is None):
             raise _damaged(f"a hard tie of the moving statistics '{entry['name']}'", entry["rule"])

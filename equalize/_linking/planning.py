@@ -127,7 +127,7 @@ def plan_extension(group: TiedGroup, added: Sequence[Member], groups: Mapping[st
     members, rule = [*group.members, *added], group.tying
     _require_mates(group.name, members, rule, groups)
     if rule.slot == "constraint":
-        validation.require_no_other_hard_group(group.name, added, rule)
+        validation.require_no_other_hard_group(group.name, added, rule, joining=True)
         validation.require_no_inner(group.name, added, rule)
     if group.of_statistics:
         validation.require_no_other_statistics(group.name, added, groups.values())

@@ -127,13 +127,13 @@ def require_several(name: str, members: Sequence[Member], others: Iterable[str])
 
 
 def require_no_other_hard_group(
-    name: str, members: Sequence[Member], rule: Rule, besides: TiedGroup | None = None
+    name: str, members: Sequence[Member], rule: Rule, besides: TiedGroup | None = None, *, joining: bool = False
 ) -> None:
     """Raises `GroupMismatchError` where entries of a member are projected by another group, leaving out `besides`.
 
-    A member that leads is not projected by its group.
+    A member that leads is not projected by its group; of those that are `joining` a group, none leads.
     """
-    leader = members[0] if rule.directed and members[0].leads is not False else None
+    leader = members[0] if rule.directed and not joining and members[0].leads is not False else None
     for member in members:
         if rule.directed:
             _require_no_chain(name, member, member is leader, members)

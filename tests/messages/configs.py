@@ -34,10 +34,9 @@ def config_of_half_a_group():
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected at least two members. Received: {'view': None,
+    The config of group 'pair' cannot be used. Expected at least two members. Received: {'view': None,
     'weight': 1.0, 'path': 'left/kernel', 'shape': [4, 3], 'dtype': 'float32', 'places':
-    [['63f71ab85682d262', 0, 'vars/0']]} of type <class 'dict'>. Use what `registry.get_config()`
-    returned, unchanged.
+    [['63f71ab85682d262', 0, 'vars/0']]} of type <class 'dict'>.
     """
 )
 def config_with_one_member():
@@ -68,11 +67,11 @@ def config_with_a_member_without_a_path():
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of a class that is
-    registered with `keras.saving.register_keras_serializable`. Received: {'module':
+    The config of group 'pair' cannot be used. Expected the config of a rule of equalize, of a class
+    that is registered with `keras.saving.register_keras_serializable`. Received: {'module':
     'equalize.constraints', 'class_name': 'Equal', 'config': {'group': None, 'view': None, 'inner':
-    None, 'rate': 1.0, 'weight': 1.0}, 'registered_name': 'other>Equal'} of type <class 'dict'>. Use
-    what `registry.get_config()` returned, unchanged.
+    None, 'rate': 1.0, 'weight': 1.0}, 'registered_name': 'other>Equal'} of type <class 'dict'>. Nothing
+    is registered as 'other>Equal': decorate the class, or import its module.
     """
 )
 def config_with_the_rule_of_somebody_else():
@@ -81,11 +80,10 @@ def config_with_the_rule_of_somebody_else():
 
 @message(
     """
-    The config of group 'pair' is damaged. The config of a rule of equalize is damaged: `rate` must be a
-    number. Received: 'half' of type <class 'str'>. Expected: arguments that its class takes. Received:
-    {'module': 'equalize.constraints', 'class_name': 'Equal', 'config': {'rate': 'half'},
-    'registered_name': 'equalize>Equal'} of type <class 'dict'>. Use what `registry.get_config()`
-    returned, unchanged.
+    The config of group 'pair' cannot be used. The config of a rule of equalize is damaged: `rate` must
+    be a number. Received: 'half' of type <class 'str'>. Expected: arguments that its class takes.
+    Received: {'module': 'equalize.constraints', 'class_name': 'Equal', 'config': {'rate': 'half'},
+    'registered_name': 'equalize>Equal'} of type <class 'dict'>.
     """
 )
 def config_with_a_rule_that_cannot_be_made():
@@ -94,10 +92,10 @@ def config_with_a_rule_that_cannot_be_made():
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected the config of a rule of equalize, of a class that is
-    registered with `keras.saving.register_keras_serializable`. Received: {'module': 'equalize.views',
-    'class_name': 'Flip', 'config': {'axes': [0]}, 'registered_name': 'equalize>Flip'} of type <class
-    'dict'>. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' cannot be used. Expected the config of a rule of equalize, of a class
+    that is registered with `keras.saving.register_keras_serializable`. Received: {'module':
+    'equalize.views', 'class_name': 'Flip', 'config': {'axes': [0]}, 'registered_name': 'equalize>Flip'}
+    of type <class 'dict'>.
     """
 )
 def config_with_a_view_in_place_of_a_rule():
@@ -106,9 +104,10 @@ def config_with_a_view_in_place_of_a_rule():
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected the config of a view, of a class that is registered
-    with `keras.saving.register_keras_serializable`. Received: {'registered_name': 'other>Flip'} of type
-    <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' cannot be used. Expected the config of a view, of a class that is
+    registered with `keras.saving.register_keras_serializable`. Received: {'registered_name':
+    'other>Flip'} of type <class 'dict'>. Nothing is registered as 'other>Flip': decorate the class, or
+    import its module.
     """
 )
 def config_with_the_view_of_somebody_else():
@@ -117,10 +116,10 @@ def config_with_the_view_of_somebody_else():
 
 @message(
     """
-    The config of group 'pair' is damaged. The config of a view is damaged: Flip.__init__() missing 1
-    required positional argument: 'axes'. Expected: arguments that its class takes. Received: {'module':
-    'equalize.views', 'class_name': 'Flip', 'config': {}, 'registered_name': 'equalize>Flip'} of type
-    <class 'dict'>. Use what `registry.get_config()` returned, unchanged.
+    The config of group 'pair' cannot be used. The config of a view is damaged: Flip.__init__() missing
+    1 required positional argument: 'axes'. Expected: arguments that its class takes. Received:
+    {'module': 'equalize.views', 'class_name': 'Flip', 'config': {}, 'registered_name': 'equalize>Flip'}
+    of type <class 'dict'>.
     """
 )
 def config_with_a_view_that_cannot_be_made():
@@ -134,9 +133,8 @@ def _with_a_bad_constant(config):
 
 @message(
     """
-    The config of group 'pair' is damaged. Expected a constant with values, a list of numbers, and a
-    dtype. Received: {'values': 'none'} of type <class 'dict'>. Use what `registry.get_config()`
-    returned, unchanged.
+    The config of group 'pair' cannot be used. Expected a constant with values, a list of numbers, and a
+    dtype. Received: {'values': 'none'} of type <class 'dict'>.
     """
 )
 def config_with_a_bad_constant():
