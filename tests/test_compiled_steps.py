@@ -15,7 +15,7 @@ from keras import ops
 import equalize
 from equalize.constraints import Equal, Invariant
 from equalize.optimizers import TiedOptimizer
-from equalize.regularizers import MeanL2
+from equalize.regularizers import ChainL2, MeanL2
 from equalize.views import Chain, Flip, Pattern, Rotate90, Scale, Slice, Transpose
 from tests.conftest import BACKEND, bits, in_new_processes, shown_alike
 
@@ -227,6 +227,21 @@ def test_a_compiled_step_computes_the_mean_of_small_members_level_by_level(rate,
     levels = int(np.ceil(np.log2(n)))
     pulls = n if rate < 1.0 else 0
     assert levels <= count_of_means(n, Equal(rate=rate), shape=SMALL) <= 2 * levels + pulls
+
+
+@pytest.mark.parametrize("rule", [Equal(rate=0.5), MeanL2(factor=0.1), ChainL2(factor=0.1)])
+def test_a_compiled_step_has_few_kernels_for_many_small_members(rule):
+    """XLA compiles equal kernels once, but one that cuts a member out of a stack has the place in it."""
+    n, random = 40, np.random.default_rng(0)
+    variables = [keras.Variable(random.normal(size=SMALL), dtype="float32", name=f"w_{i}") for i in range(n)]
+    registry = equalize.GroupRegistry()
+    registry.tie("group", variables, rule)
+    step, program = compiled_step(
+        keras.optimizers.SGD(0.1), variables, lambda: registry.penalty() + sum(ops.sum(v * v) for v in variables)
+    )
+    step()
+    levels = int(np.ceil(np.log2(n)))
+    assert len(set(re.findall(r"slice=\{[^}]*\}", program()))) <= 4 * levels < n
 
 
 def test_a_compiled_step_computes_a_constrained_mean_once():

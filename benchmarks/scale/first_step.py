@@ -1,7 +1,7 @@
 """How long the first training step takes, with tracing and compiling, over the number of members and of groups.
 
-The weights are vectors of 8 numbers, each of which multiplies the input of a model that adds up the products; all are
-in one group, or in groups of two. Adam, batch 8.
+The weights are the kernels, of 8×8 entries, of as many dense layers in a chain; all are in one group, or in groups of
+two. Adam, batch 8.
 """
 
 import time
@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from benchmarks import timing, ways
 from benchmarks.scale.linking import exponent
@@ -20,22 +21,24 @@ GROUPINGS = {"members of one group": None, "groups of two": 2}
 WAYS = ("untied", "hard", "partial", "soft")
 
 
-class Products(keras.Model):
-    """Multiplies its input with each of many vectors, and adds up."""
+class Chain(keras.Model):
+    """Dense layers, one after the other, without biases."""
 
     def __init__(self, count: int):
         super().__init__()
-        self.vectors = [self.add_weight(shape=(SIZE,), name=f"vector_{i}") for i in range(count)]
+        self.kernels = [self.add_weight(shape=(SIZE, SIZE), name=f"kernel_{i}") for i in range(count)]
         self.built = True
 
     def call(self, x: Any) -> Any:
-        return sum(x * vector for vector in self.vectors)
+        for kernel in self.kernels:
+            x = ops.tanh(ops.matmul(x, kernel))
+        return x
 
 
 def seconds(way: ways.Way, count: int, members: int) -> float:
     """The time of the first step of so many weights, in groups of so many."""
-    model = Products(count)
-    groups = {f"group_{i}": model.vectors[i : i + members] for i in range(0, count, members)}
+    model = Chain(count)
+    groups = {f"group_{i}": model.kernels[i : i + members] for i in range(0, count, members)}
     tied = way.attach(groups, 0.1, keras.optimizers.Adam(1e-4))
     model.compile(tied.optimizer, "mse", jit_compile=keras.backend.backend() == "jax")
     x = np.ones((8, SIZE), "float32")

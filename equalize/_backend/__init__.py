@@ -100,6 +100,9 @@ adjustable = _native.adjustable
 scope_of = _native.scope_of
 """The scope for new variables that a step writes beside another: that of its distribution strategy."""
 
+compiled_by_xla = _native.compiled_by_xla
+"""Whether a value is a placeholder of a program that XLA will compile, in whole or in clusters."""
+
 computed_once = _native.computed_once
 """A value, computed in one place for all that is made of it.
 

@@ -108,6 +108,10 @@ def scope_of(variable: keras.Variable) -> Any:
     return nullcontext()
 
 
+def compiled_by_xla(value: Tensor) -> bool:
+    return is_traced(value)
+
+
 def computed_once(value: Tensor) -> Tensor:
     # XLA removes barriers before it fuses on CPUs, but never computes the result of a conditional twice.
     if 0 in value.shape or not is_traced(value):

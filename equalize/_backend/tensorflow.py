@@ -103,15 +103,14 @@ def scope_of(variable: keras.Variable) -> Any:
 
 
 def computed_once(value: Tensor) -> Tensor:
-    if 0 in value.shape or not _compiled_by_xla(value):
+    if 0 in value.shape or not compiled_by_xla(value):
         return value
     first = tf.reshape(value, [-1])[0]
     index = tf.cast(first != first, "int32")
     return tf.switch_case(index, [lambda: tf.identity(value), lambda: mark_nans(value)])
 
 
-def _compiled_by_xla(value: Tensor) -> bool:
-    """Whether the value is a placeholder of a graph that XLA will compile, in whole or in clusters."""
+def compiled_by_xla(value: Tensor) -> bool:
     if not tf.is_symbolic_tensor(value):
         return False
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext

@@ -105,6 +105,10 @@ def scope_of(variable: keras.Variable) -> Any:
     return nullcontext()
 
 
+def compiled_by_xla(value: Tensor) -> bool:
+    return False
+
+
 def computed_once(value: Tensor) -> Tensor:
     return value
 

@@ -52,7 +52,7 @@ def relax(values: Sequence[Tensor], target: Tensor, rate: float | Tensor) -> lis
     """
     dtype, target = backend.dtype(target), widen(target)
     rate = rate if isinstance(rate, float) else ops.cast(rate, target.dtype)
-    if are_small(values):
+    if are_better_stacked(values):
         return ops.unstack(ops.cast(backend.mix(widen(backend.stack(values)), target, rate), dtype), len(values))
     return [ops.cast(backend.mix(widen(value), target, rate), dtype) for value in values]
 
@@ -72,6 +72,15 @@ def approach(values: Sequence[Tensor], targets: Sequence[Tensor], rate: float | 
 def are_small(values: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape are better computed with as the rows of a stack."""
     return len(values) > 2 and math.prod(values[0].shape) <= SMALL
+
+
+def are_better_stacked(values: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape are better rows of a stack, too, where each is to become a tensor again.
+
+    XLA compiles what is computed of many tensors in one way once, but a kernel that cuts out a row has its place in it,
+    and takes longer to compile than all else.
+    """
+    return are_small(values) and not backend.compiled_by_xla(values[0])
 
 
 def widen(value: Tensor) -> Tensor:

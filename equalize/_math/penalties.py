@@ -38,7 +38,7 @@ def mean_l2(values: Sequence[Tensor], weights: Sequence[float] | None = None) ->
 
     Since Σ a_i·(w_i − mean) = 0, what would flow through the mean cancels, and 2·a_i·(w_i − mean) is all of ∂P/∂w_i.
     """
-    if weights is None and means.are_small(values):
+    if weights is None and means.are_better_stacked(values):
         rows = backend.stack(values)
         rows = rows - ops.stop_gradient(rows[:1])  # so that members that are equal are 0, and so is their mean
         return backend.sum_of_squares([rows - ops.stop_gradient(ops.mean(rows, axis=0))])
@@ -49,7 +49,7 @@ def mean_l2(values: Sequence[Tensor], weights: Sequence[float] | None = None) ->
     if weights is not None:
         roots = [a**0.5 * each for a, each in zip(weights, deviations, strict=True)]
         slopes = [a * each for a, each in zip(weights, deviations, strict=True)]
-    return 2.0 * backend.with_gradients(0.5 * backend.sum_of_squares(roots), values, slopes)
+    return 2.0 * backend.with_gradients(0.5 * _sum_of_squares(roots), values, slopes)
 
 
 def pairwise_l2(
@@ -84,14 +84,14 @@ def pairwise_norm(values: Sequence[Tensor], factors: np.ndarray | None = None) -
 
 def chain_l2(values: Sequence[Tensor]) -> Tensor:
     """Σ_i ‖w_{i+1} − w_i‖²."""
-    if means.are_small(values):
+    if means.are_better_stacked(values):
         rows = backend.stack(values)
         return backend.sum_of_squares([rows[1:] - rows[:-1]])
     constants = _constants(values)
     if len(constants) == 1:
         return backend.with_gradients(ops.zeros((), constants[0].dtype), values, [ops.zeros_like(constants[0])])
     steps = [after - before for before, after in itertools.pairwise(constants)]
-    half = 0.5 * backend.sum_of_squares(steps)
+    half = 0.5 * _sum_of_squares(steps)
     slopes = [-steps[0], *[before - after for before, after in itertools.pairwise(steps)], steps[-1]]
     return 2.0 * backend.with_gradients(half, values, slopes)
 
@@ -122,6 +122,10 @@ def trace_norm(values: Sequence[Tensor]) -> Tensor:
     inverse = ops.where(singular <= noise, 0.0, 1.0 / singular)
     _, slopes = rotated.compute(lambda rows: (ops.zeros(()), backend.product(vectors * inverse, rows)))
     return backend.with_gradients(ops.sum(singular) / power, values, slopes)
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    return backend.sum_of_squares([backend.stack(tensors)] if means.are_small(tensors) else tensors)
 
 
 # Singular values below this part of the largest are rounding, and have the subgradient 0.
