@@ -35,6 +35,8 @@ LEFT, RIGHT = Slice((0, 0), (2, 1)), Slice((0, 1), (2, 1))
 REPEATED = Pattern([[0, 1], [1, 0]], (2, 1))
 views = st.sampled_from([None, None, Transpose(), Scale(-2.0), LEFT, RIGHT, REPEATED])
 names = st.sampled_from(["one", "two", "three"])
+known_names = st.sampled_from(["one", "two", "three", "one/0", "two/0", "one/1"])  # the last three come from splits
+weights = st.none() | st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=1, max_size=4)
 places = st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4)
 
 
@@ -81,36 +83,57 @@ class Registry(stateful.RuleBasedStateMachine):
         on = [(repr(kernel.constraint), repr(kernel.regularizer)) for kernel in self.kernels]
         return described, on, [bits(kernel) for kernel in self.kernels]
 
-    @stateful.rule(name=names, members=st.lists(st.tuples(st.integers(0, COUNT - 1), views), max_size=4), rule=rules)
-    def tie(self, name, members, rule):
+    @stateful.rule(
+        name=names,
+        members=st.lists(st.tuples(st.integers(0, COUNT - 1), views), max_size=4),
+        rule=rules,
+        counts=weights,
+    )
+    def tie(self, name, members, rule, counts=None):
         given = [self.kernels[i] if view is None else (self.kernels[i], view) for i, view in members]
         initial = "mean" if len(members) % 2 else "first"
-        if self.attempt(lambda: self.registry.tie(name, given, rule, initial=initial)):
+        counts = counts and (counts * 4)[: len(members)]
+        if self.attempt(lambda: self.registry.tie(name, given, rule, initial=initial, weights=counts)):
             assert name not in self.groups
             self.groups[name] = [i for i, _ in members]
             self.wrote(self.groups[name])
             self.settled |= {name} if self.registry[name].hard else set()
 
-    @stateful.rule(name=names)
+    @stateful.rule(name=known_names)
     def untie(self, name):
         if self.attempt(lambda: self.registry.untie(name)):
             del self.groups[name]
             self.settled.discard(name)
 
-    @stateful.rule(name=names, rule=rules)
+    @stateful.rule(name=known_names, rule=rules)
     def replace(self, name, rule):
         if name in self.groups and self.attempt(lambda: self.registry.replace(name, rule)):
             self.settled.discard(name)
 
-    @stateful.rule(name=names, i=st.integers(0, COUNT - 1), view=views)
-    def extend(self, name, i, view):
+    @stateful.rule(name=known_names, i=st.integers(0, COUNT - 1), view=views, counts=weights)
+    def extend(self, name, i, view, counts=None):
         member = self.kernels[i] if view is None else (self.kernels[i], view)
-        if name in self.groups and self.attempt(lambda: self.registry.extend(name, [member])):
+        counts = counts and counts[:1]
+        if name in self.groups and self.attempt(lambda: self.registry.extend(name, [member], weights=counts)):
             self.groups[name].append(i)
             self.wrote(self.groups[name])
             self.settled |= {name} if self.registry[name].hard else set()
 
-    @stateful.rule(name=st.none() | names, method=st.sampled_from(["first", "mean"]))
+    @stateful.rule(name=names, atol=st.sampled_from([0.0, 1.0, 8.0]))
+    def split(self, name, atol):
+        """A group falls into hard groups of what is near, and variables of their own."""
+        made = []
+        if name in self.groups and self.attempt(lambda: made.extend(self.registry.split(name, atol=atol))):
+            before = self.groups.pop(name)
+            self.settled.discard(name)
+            for group in made:
+                self.groups[group.name] = [place_of(member.variable, self.kernels) for member in group.members]
+                assert set(self.groups[group.name]) <= set(before)
+            for group in made:
+                self.wrote(self.groups[group.name])
+            self.settled |= {group.name for group in made if self.alone(group.name)}
+
+    @stateful.rule(name=st.none() | known_names, method=st.sampled_from(["first", "mean"]))
     def sync(self, name, method):
         if self.attempt(lambda: self.registry.sync(method, *([name] if name else []))):
             touched = [name] if name else [key for key, group in self.registry.items() if group.hard]
