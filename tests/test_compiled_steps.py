@@ -5,6 +5,7 @@ for bit after each. The compiled programs are read, too: the common value of a g
 """
 
 import re
+import sys
 from typing import Any
 
 import keras
@@ -242,6 +243,74 @@ def test_a_compiled_step_has_few_kernels_for_many_small_members(rule):
     step()
     levels = int(np.ceil(np.log2(n)))
     assert len(set(re.findall(r"slice=\{[^}]*\}", program()))) <= 4 * levels < n
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX looks at all members each time, which it does in one loop")
+def test_tracing_the_shares_of_a_penalty_looks_at_each_member_a_few_times():
+    import tensorflow as tf
+
+    def calls(n):
+        """How often functions of equalize are called while the shares of n members are traced."""
+        layers = [keras.layers.Dense(2, use_bias=False) for _ in range(n)]
+        entrance = keras.Input((2,))
+        model = keras.Model(entrance, [layer(entrance) for layer in layers])
+        equalize.GroupRegistry().tie("group", [layer.kernel for layer in layers], MeanL2(factor=0.1))
+        count = 0
+
+        def count_calls(frame, event, _):
+            nonlocal count
+            count += event == "call" and "equalize" in frame.f_code.co_filename
+
+        def traced():
+            sys.setprofile(count_calls)
+            try:
+                return sum(model.losses)
+            finally:
+                sys.setprofile(None)
+
+        tf.function(traced, autograph=False).get_concrete_function()
+        return count
+
+    assert calls(80) < 4.5 * calls(20)
+
+
+def optimizer_that_writes(variable, value):
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build([variable])
+    return lambda tf: optimizer.apply([variable.value - value], [variable])
+
+
+WRITES = {
+    "assign": lambda v, value: lambda tf: v.assign(value),
+    "assign_add": lambda v, value: lambda tf: v.value.assign_add(value - v.value),
+    "a branch": lambda v, value: (
+        lambda tf: tf.cond(
+            tf.random.uniform(()) < 2.0, lambda: tf.identity(v.value.assign(value)), lambda: tf.identity(v.value)
+        )
+    ),
+    "a function": lambda v, value: lambda tf: tf.function(lambda: v.value.assign(value))(),
+    "an optimizer": optimizer_that_writes,
+}
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a graph that grows is TensorFlow's")
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_between_two_shares_counts_in_the_second(write):
+    import tensorflow as tf
+
+    variables = [keras.Variable([float(i)], dtype="float32", name=f"w_{i}") for i in range(3)]
+    equalize.GroupRegistry().tie("group", variables, MeanL2(factor=3.0))
+    first, second, third = variables
+    write_third = WRITES[write](third, tf.constant([30.0]))
+
+    @tf.function(autograph=False)
+    def shares():
+        before = first.regularizer(first.value)
+        write_third(tf)
+        return before, second.regularizer(second.value), third.regularizer(third.value)
+
+    expected = [np.var([0.0, 1.0, last]) * 3 for last in (2.0, 30.0, 30.0)]  # each a third of 3·Σ‖w_i − mean‖²
+    np.testing.assert_allclose([float(share) for share in shares()], expected, rtol=1e-5)
 
 
 def test_a_compiled_step_computes_a_constrained_mean_once():

@@ -102,8 +102,9 @@ class Registry(stateful.RuleBasedStateMachine):
     @stateful.rule(name=known_names)
     def untie(self, name):
         if self.attempt(lambda: self.registry.untie(name)):
-            del self.groups[name]
-            self.settled.discard(name)
+            for key in self.meant(name):
+                del self.groups[key]
+                self.settled.discard(key)
 
     @stateful.rule(name=known_names, rule=rules)
     def replace(self, name, rule):
@@ -136,7 +137,7 @@ class Registry(stateful.RuleBasedStateMachine):
     @stateful.rule(name=st.none() | known_names, method=st.sampled_from(["first", "mean"]))
     def sync(self, name, method):
         if self.attempt(lambda: self.registry.sync(method, *([name] if name else []))):
-            touched = [name] if name else [key for key, group in self.registry.items() if group.hard]
+            touched = self.meant(name) if name else [key for key, group in self.registry.items() if group.hard]
             for key in touched:
                 self.wrote(self.groups[key])
             self.settled |= {key for key in touched if self.registry[key].hard and self.alone(key)}
@@ -225,6 +226,10 @@ class Registry(stateful.RuleBasedStateMachine):
         equal = {name for name, group in registry.items() if group.hard and self.alone(name)}
         # An optimizer that was loaded has linked itself before the values came.
         self.settled = equal & self.settled if exact else equal
+
+    def meant(self, name):
+        """The group of that name, or those that one of that name was split into."""
+        return [name] if name in self.groups else [key for key in self.groups if key.startswith(f"{name}/")]
 
     def frozen(self, name):
         """How many values of a group do not move: a member that repeats entries has several."""

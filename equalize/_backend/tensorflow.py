@@ -290,7 +290,28 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
 
 
 def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
-    return track_one_by_one(track_writes, read, variables)
+    """In a graph: nothing but reads has been added to it since the last look. Each member of a group asks once."""
+    if not tf.inside_function() or (tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()):
+        return track_one_by_one(track_writes, read, variables)
+    now = tf.compat.v1.get_default_graph()
+    handles = {now.capture(variable.value.handle).name for variable in variables}
+    gone: list[Any] = []
+    references = [weakref.ref(variable, gone.append) for variable in variables]  # which tell as long as they live
+    graph, seen = weakref.ref(now), len(now.get_operations())
+
+    def none_written() -> bool:
+        nonlocal seen
+        here = tf.compat.v1.get_default_graph()
+        if here is not graph() or gone or not references:
+            return False
+        added = here.get_operations()[seen:]
+        others = (op for op in added if op.type not in _READING_OPERATIONS)
+        if any(x.dtype == tf.resource and x.name in handles for op in others for x in op.inputs):
+            return False
+        seen += len(added)
+        return True
+
+    return none_written
 
 
 def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:
