@@ -290,9 +290,38 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
 
 
 def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
-    """In a graph: nothing but reads has been added to it since the last look. Each member of a group asks once."""
-    if not tf.inside_function() or (tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()):
+    if tf.inside_function():
+        across = tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()
+    else:
+        across = any(getattr(held_value(v), "distribute_strategy", None) is not None for v in variables)
+    if across:
         return track_one_by_one(track_writes, read, variables)
+    return (_track_in_graph if tf.inside_function() else _track_buffers)(variables)
+
+
+def _track_buffers(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
+    """Eagerly: the same buffers, which are held, so that nothing is written into them."""
+    values = [_buffer(held_value(variable)) for variable in variables]
+    tracked = list(zip(map(weakref.ref, variables), values, map(_address, values), strict=True))
+
+    def none_written() -> bool:
+        if tf.inside_function():
+            return False
+        with tf.init_scope():  # no tape needs to know
+            for reference, value, address in tracked:
+                variable = reference()
+                if variable is None:
+                    return False
+                now = _buffer(held_value(variable))
+                if _address(now) != address and not _is(now, value, variable):
+                    return False
+        return True
+
+    return none_written
+
+
+def _track_in_graph(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
+    """In a graph: nothing but reads has been added to it since the last look. Each member of a group asks once."""
     now = tf.compat.v1.get_default_graph()
     handles = {now.capture(variable.value.handle).name for variable in variables}
     gone: list[Any] = []
@@ -322,9 +351,15 @@ def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:
     return copied and bool(tf.reduce_all(_integers(now) == _integers(then)))
 
 
+def _buffer(variable: Any) -> Tensor:
+    """The value of a variable of TensorFlow, read by the operation itself: each member of a group asks for all once."""
+    return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
+
+
 def _address(value: Tensor) -> int:
     """Where a tensor's buffer lies."""
-    return np.asarray(memoryview(_integers(value))).ctypes.data
+    known = value if value.dtype in (tf.float32, tf.float64) else _integers(value)
+    return np.asarray(memoryview(known)).__array_interface__["data"][0]
 
 
 def _integers(value: Tensor) -> Tensor:
