@@ -136,7 +136,9 @@ def damaged():
 
 @pytest.mark.parametrize("kind", damaged())
 def test_a_damaged_config_is_an_error_and_runs_nothing(kind):
-    with pytest.raises(EqualizeError, match=r"This is not the config of a registry|The config of group .* cannot be used"):
+    with pytest.raises(
+        EqualizeError, match=r"This is not the config of a registry|The config of group .* cannot be used"
+    ):
         equalize.GroupRegistry.from_config(damaged()[kind])
 
 
