@@ -290,11 +290,8 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
 
 
 def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
-    if tf.inside_function():
-        across = tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()
-    else:
-        across = any(getattr(held_value(v), "distribute_strategy", None) is not None for v in variables)
-    if across:
+    copied = any(getattr(held_value(variable), "distribute_strategy", None) is not None for variable in variables)
+    if copied or tf.distribute.has_strategy():  # a replica may ask for what was tracked in another one
         return track_one_by_one(track_writes, read, variables)
     return (_track_in_graph if tf.inside_function() else _track_buffers)(variables)
 
