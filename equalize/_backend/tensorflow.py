@@ -98,8 +98,13 @@ def adjustable(number: float) -> Any:
 
 
 def scope_of(variable: keras.Variable) -> Any:
-    strategy = getattr(variable.value, "distribute_strategy", None)
+    strategy = _strategy_of(variable.value)
     return nullcontext() if strategy is None else strategy.scope()
+
+
+def _strategy_of(held: Any) -> Any:
+    """The distribution strategy that copies what a Keras variable holds to several devices; None on one."""
+    return getattr(held, "distribute_strategy", None)
 
 
 def computed_once(value: Tensor) -> Tensor:
@@ -290,7 +295,7 @@ def track_writes(variable: keras.Variable, value: Tensor, *, awaited: bool = Fal
 
 
 def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
-    copied = any(getattr(held_value(variable), "distribute_strategy", None) is not None for variable in variables)
+    copied = any(_strategy_of(held_value(variable)) is not None for variable in variables)
     if copied or tf.distribute.has_strategy():  # a replica may ask for what was tracked in another one
         return track_one_by_one(track_writes, read, variables)
     return (_track_in_graph if tf.inside_function() else _track_buffers)(variables)
@@ -299,18 +304,18 @@ def track_all(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
 def _track_buffers(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
     """Eagerly: the same buffers, which are held, so that nothing is written into them."""
     values = [_buffer(held_value(variable)) for variable in variables]
-    tracked = list(zip(map(weakref.ref, variables), values, map(_address, values), strict=True))
+    tracked = list(zip(map(weakref.ref, variables), values, map(_memory, values), strict=True))
 
     def none_written() -> bool:
         if tf.inside_function():
             return False
         with tf.init_scope():  # no tape needs to know
-            for reference, value, address in tracked:
+            for reference, value, memory in tracked:
                 variable = reference()
                 if variable is None:
                     return False
                 now = _buffer(held_value(variable))
-                if _address(now) != address and not _is(now, value, variable):
+                if not _is_one(_memory(now), memory) and not _is(now, value, variable):
                     return False
         return True
 
@@ -342,9 +347,10 @@ def _track_in_graph(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
 
 def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:
     """Whether a value just read is the one of then: in the same buffer, or where each read is a copy, with its bits."""
-    if _address(now) == _address(then):
+    memory = _memory(now)
+    if _is_one(memory, _memory(then)):
         return True
-    copied = _address(read(variable)) != _address(now)
+    copied = not _is_one(memory, _memory(read(variable)))
     return copied and bool(tf.reduce_all(_integers(now) == _integers(then)))
 
 
@@ -353,10 +359,15 @@ def _buffer(variable: Any) -> Tensor:
     return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
 
 
-def _address(value: Tensor) -> int:
-    """Where a tensor's buffer lies."""
+def _memory(value: Tensor) -> np.ndarray:
+    """The memory that a tensor's buffer lies in. That of a GPU is copied, and the copy kept as long as the array."""
     known = value if value.dtype in (tf.float32, tf.float64) else _integers(value)
-    return np.asarray(memoryview(known)).__array_interface__["data"][0]
+    return np.asarray(memoryview(known))
+
+
+def _is_one(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two arrays, both of which are held, begin at one address."""
+    return bool(left.__array_interface__["data"][0] == right.__array_interface__["data"][0])
 
 
 def _integers(value: Tensor) -> Tensor:

@@ -49,10 +49,9 @@ def restored(config: Any, kind: type, what: str, builtin: Callable[[dict[str, An
             f"{received(config)}."
         ) from error
     if not isinstance(made, kind):
-        known = found is not None or not isinstance(registered, str)
-        missing = (
-            "" if known else f" Nothing is registered as '{registered}': decorate the class, or import its module."
-        )
+        missing = ""
+        if found is None and isinstance(registered, str):
+            missing = f" Nothing is registered as '{registered}': decorate the class, or import its module."
         raise EqualizeError(
             f"Expected the config of {what}, of a class that is registered with "
             f"`keras.saving.register_keras_serializable`. Received: {received(config)}.{missing}"

@@ -19,7 +19,6 @@ from equalize._ties.rules import Rule
 from equalize._ties.tied_group import TiedGroup
 from equalize.errors import EqualizeError, GroupMismatchError
 
-_UNCHANGED = "Use what `registry.get_config()` returned, unchanged."
 _GROUP_KEYS = {"name", "rule", "members"}
 _OF_LAYERS = {"tie", "statistics"}  # of what a tie of layers made
 
@@ -225,5 +224,6 @@ def _weight_of(member: dict[str, Any]) -> float:
 
 def _damaged(expected: str, value: Any) -> EqualizeError:
     return EqualizeError(
-        f"This is not the config of a registry: expected {expected}; received {received(value)}. {_UNCHANGED}"
+        f"This is not the config of a registry: expected {expected}; received {received(value)}. Use what "
+        "`registry.get_config()` returned, unchanged."
     )
