@@ -205,7 +205,7 @@ class Clusters(Task):
         method = METHODS[case["method"]]
         factors = np.geomspace(0.02, 1.0, options.choose(2, 7, 11))
         trainer = Trainer(method, [0.0, *map(float, factors)], options.choose(10, 60, 100))
-        for noise in options.choose((1.0,), (1.0, 3.0), (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)):
+        for noise in options.choose((1.0,), (1.0, 3.0), (0.5, 1.0, 2.0, 4.0)):
             for split in range(options.choose(1, 1, 8)):
                 truth, train, validation = draw(options, split, noise)
                 stages = trainer.fit(train)

@@ -66,12 +66,12 @@ WAYS = {
 
 def splits(options: Options) -> int:
     """How many random splits of the digits."""
-    return options.choose(1, 1, 5)
+    return options.choose(1, 1, 8)
 
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(16, 200, 1600)
+    return options.choose(16, 200, 1200)
 
 
 def overlay(images: np.ndarray, digits: np.ndarray, count: int, generator: np.random.Generator) -> Part:

@@ -4,7 +4,7 @@ MNIST-1D (Greydanus and Kobak, Scaling down deep learning with MNIST-1D (2024)) 
 sheared and noisy; the package `mnist1d` generates them. The model is the authors' convolution, three layers of 25
 channels with kernels of 5, 3 and 3 and stride 2, trained by Adam at 0.01 in batches of 100 as theirs. In 6,000 steps
 they reach an accuracy of 94 %, of 56 % with the positions shuffled, and of 68 % with dense layers. A full run here
-takes 2,000, and a fifth of the 4,000 training samples only chooses strengths. Where a shape may be anywhere, tied
+takes 1,500, and a fifth of the 4,000 training samples only chooses strengths. Where a shape may be anywhere, tied
 pieces learn from all positions what untied ones learn from one. The negative control: with the positions shuffled, by
 one permutation for all samples, neighbours have nothing in common any more.
 """
@@ -121,7 +121,7 @@ class Filters(Compared):
             "y": y,
             "validation_data": test,
             "compile": compile_,
-            "fit": {"batch_size": BATCH, "epochs": epochs(options.choose(10, 160, 2000), len(x), BATCH)},
+            "fit": {"batch_size": BATCH, "epochs": epochs(options.choose(10, 160, 1500), len(x), BATCH)},
             "metric": "accuracy",
         }
         return Problem(settings, scale=100)

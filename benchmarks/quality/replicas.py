@@ -34,7 +34,7 @@ Part = tuple[np.ndarray, np.ndarray]
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(20, 200, 1000)
+    return options.choose(20, 200, 600)
 
 
 @functools.cache
@@ -134,7 +134,7 @@ class Replicas(Task):
         return [{"every": every, "outer": outer} for every, outer in [(0, False), *ways]]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
-        for split in range(options.choose(1, 1, 3)):
+        for split in range(options.choose(1, 1, 8)):
             for step, accuracy in train(options, case, split):
                 yield {"split": split, "step": step, "accuracy": accuracy}
 

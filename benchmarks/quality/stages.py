@@ -123,7 +123,7 @@ class Stages(Task):
     size = (8.5, 4.0)
 
     def cases(self, options: Options) -> Sequence[Case]:
-        return [{"split": split} for split in range(options.choose(1, 1, 6))]
+        return [{"split": split} for split in range(options.choose(1, 1, 8))]
 
     def measure(self, options: Options, case: Case) -> Iterator[Record]:
         x, y, school = load()

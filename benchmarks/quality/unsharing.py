@@ -56,12 +56,12 @@ def blocks(options: Options) -> int:
 
 def splits(options: Options) -> int:
     """How many random splits of the text."""
-    return options.choose(1, 1, 5)
+    return options.choose(1, 1, 8)
 
 
 def steps(options: Options) -> int:
     """How many steps to train for."""
-    return options.choose(4, 8, 60) * STRETCH
+    return options.choose(4, 8, 40) * STRETCH
 
 
 def part(options: Options) -> int:
