@@ -328,14 +328,14 @@ def _track_in_graph(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
     handles = {now.capture(variable.value.handle).name for variable in variables}
     gone: list[Any] = []
     references = [weakref.ref(variable, gone.append) for variable in variables]  # which tell as long as they live
-    graph, seen = weakref.ref(now), len(now.get_operations())
+    graph, seen = weakref.ref(now), len(_operations(now))
 
     def none_written() -> bool:
         nonlocal seen
         here = tf.compat.v1.get_default_graph()
         if here is not graph() or gone or not references:
             return False
-        added = here.get_operations()[seen:]
+        added = _operations(here)[seen:]
         others = (op for op in added if op.type not in _READING_OPERATIONS)
         if any(x.dtype == tf.resource and x.name in handles for op in others for x in op.inputs):
             return False
@@ -343,6 +343,12 @@ def _track_in_graph(variables: Sequence[keras.Variable]) -> Callable[[], bool]:
         return True
 
     return none_written
+
+
+def _operations(graph: Any) -> Sequence[Any]:
+    """The operations of a graph. `get_operations` copies them all; some versions of TensorFlow have the list itself."""
+    found = getattr(graph, "operations", None)
+    return found if isinstance(found, list) else graph.get_operations()
 
 
 def _is(now: Tensor, then: Tensor, variable: keras.Variable) -> bool:
