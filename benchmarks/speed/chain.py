@@ -36,7 +36,7 @@ EXACT_GOALS = {"graph": 1.05, "xla": 1.2}
 
 
 def shapes(options: Options, usual: bool) -> list[tuple[int, int]]:
-    """Lengths and widths of the chains; in a mode that is not the usual one only one, since XLA compiles for long."""
+    """Lengths and widths of the chains: a single one in a mode that is not the usual, since XLA compiles for long."""
     full = [(n, 1024) for n in (2, 4, 8, 16, 32)] + [(4, width) for width in (64, 256, 2048)]
     return options.choose([(2, 64)], [(4, 1024), (16, 1024)], full if usual else [(4, 1024)])
 

@@ -47,18 +47,17 @@ class SmallGroups(Task):
         return timing.interleave(makers, options.choose(2, 50, 60), STEPS, generator)
 
     def rows(self, records: Sequence[Record]) -> list[Row]:
-        lines = []
-        for mode in distinct(records, "mode"):
-            for groups in distinct(where(records, mode=mode), "groups"):
-                goals = GOALS.get((mode, groups), {})
-                lines += timing.rows(f"{groups} groups, {mode}", where(records, mode=mode, groups=groups), goals)
+        mode, lines = records[0]["mode"], []
+        for groups in distinct(records, "groups"):
+            part = where(records, groups=groups)
+            lines += timing.rows(f"{groups} groups, {mode}", part, GOALS.get((mode, groups), {}))
         return lines
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         axes = figure.subplots()
         mode = records[0]["mode"]
-        counts = distinct(where(records, mode=mode), "groups")
-        parts = {groups: where(records, mode=mode, groups=groups) for groups in counts}
+        counts = distinct(records, "groups")
+        parts = {groups: where(records, groups=groups) for groups in counts}
         if len(counts) > 1:
             timing.draw_over(axes, parts, list(timing.ratios(parts[counts[0]])))
             axes.set(xlabel=f"groups ({mode})")
