@@ -54,9 +54,13 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if chosen or config.option.capture == "no" else None
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, help="run one test of so many, spread over all files")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Makes all cases of a `sampled` test slow but the first that is neither slow nor left out anyway."""
+def pytest_collection_modifyitems(config, items):
+    """Makes all cases of a `sampled` test slow but the first that is neither slow nor left out; takes `--every`."""
     seen = set()
     for item in items:
         if item.get_closest_marker("sampled") and not any(map(item.get_closest_marker, ("slow", "skip"))):
@@ -64,6 +68,7 @@ def pytest_collection_modifyitems(items):
             if function in seen:
                 item.add_marker("slow")
             seen.add(function)
+    items[:] = items[:: config.option.every]
 
 
 @pytest.fixture(autouse=True)

@@ -96,6 +96,7 @@ def one_function(towers):
 MODES = {"tensorflow": [{}, {"jit_compile": True}, {"run_eagerly": True}]}.get(BACKEND, [{}, {"run_eagerly": True}])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 def test_two_towers_are_one_function_after_every_step(mode, exact):
@@ -106,6 +107,7 @@ def test_two_towers_are_one_function_after_every_step(mode, exact):
     assert one_function(towers)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("rule", [Equal(rate=0.25), MeanL2(factor=0.1)])
 def test_statistics_are_equal_under_every_rule(rule, affine):
@@ -193,6 +195,7 @@ def test_layers_in_inference_mode_train_their_weights():
     assert bits(towers[0].beta) != np.zeros(5, "float32").tobytes()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["file", "config", "clone"])
 def test_statistics_are_tied_in_copies(way, tmp_path):
     model, registry, _ = made(exact=way == "file")
