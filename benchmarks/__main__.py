@@ -16,7 +16,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What tying is good for, and its cost.")
     parser.add_argument(
-        "part", nargs="?", choices=("all", *PARTS), default="all", help="what to measure (default: all)"
+        "part", nargs="?", choices=("all", *PARTS), default="all", help="what to measure (default: hard against soft)"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help=argparse.SUPPRESS)
@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         dest="size",
         action="store_const",
         const="full",
-        help="all ways, more seeds and sizes: two to three hours on two cores",
+        help="all ways, more seeds and sizes: an hour and more on two cores",
     )
     parser.add_argument("--backend", choices=BACKENDS, default=os.environ.get("KERAS_BACKEND", BACKENDS[0]))
     parser.add_argument("--seed", type=int, default=0, help="where all randomness comes from (default: 0)")

@@ -68,7 +68,7 @@ class Task(abc.ABC):
     Attributes:
         title: What the table and the picture call it.
         timed: Whether times or memory are measured, for which a case must have the machine to itself.
-        main: Whether it belongs to the comparison of hard with soft ties, which is what a quick run of all parts does.
+        main: Whether it belongs to the comparison of hard with soft ties, which is what a run of all parts does.
         size: Width and height of the picture, in inches.
     """
 

@@ -6,6 +6,7 @@ import pytest
 
 import equalize
 from tests import pages
+from tests.conftest import BACKEND
 from tests.pages import DOCS, PAGES, README, ROOT
 from tests.test_package import PUBLIC
 
@@ -23,7 +24,9 @@ WITH_EXAMPLES = [page for page in PAGES if pages.blocks(page)]
 
 def case(page):
     name = pages.title(page)
-    return pytest.param(page, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    compiles = BACKEND == "jax" and page != README
+    long = pytest.mark.skipif(compiles, reason="its models take minutes to compile; TensorFlow and PyTorch run them")
+    return pytest.param(page, id=name, marks=() if name in QUICK else (pytest.mark.slow, long))
 
 
 @pytest.mark.parametrize("page", list(map(case, WITH_EXAMPLES)))

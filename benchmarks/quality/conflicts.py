@@ -187,4 +187,5 @@ class Conflicts(Task):
             results = {name: curves.chosen(records, name, task) for name in curves.measured(records)}
             curves.dots(axes, results, known=WAYS)
             axes.set_xlabel(what)
+        panels[1].sharex(panels[0])  # the two accuracies
         curves.explain(panels[-1], "dots: splits; bars: standard error")

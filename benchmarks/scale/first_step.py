@@ -51,6 +51,7 @@ class FirstStep(Task):
     """Time of the first step over members and groups."""
 
     title = "Many members and many groups: first step"
+    main = False
     size = (8.0, 3.6)
 
     def cases(self, options: Options) -> Sequence[Case]:
