@@ -40,7 +40,7 @@ MODES = {
 QUICK = next(iter(MODES))
 XLA = "jit" if "jit" in MODES else QUICK  # compiled, where anything is
 
-# What stays for good: each look for living models, and each collection, would go through half a million objects.
+# What is imported for good: each look for living models, and each collection, would go through half a million objects.
 gc.freeze()
 
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=10, derandomize=True)
@@ -76,14 +76,6 @@ def _seeded():
     keras.utils.set_random_seed(7)
     yield
     keras.backend.clear_session(free_memory=False)  # collecting garbage would take as long as the test
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _swept():
-    """What the backend keeps of a file's models, in its caches, is no burden to the tests of the next files."""
-    yield
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture
