@@ -55,12 +55,15 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, help="run one test of so many, spread over all files")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Makes all cases of a `sampled` test slow but the first that is neither slow nor left out; takes `--every`."""
+    """Makes all cases of a `sampled` test slow but the first that is neither slow nor left out anyway.
+
+    Then keeps every N-th test, where `--every N` asks for that.
+    """
     seen = set()
     for item in items:
         if item.get_closest_marker("sampled") and not any(map(item.get_closest_marker, ("slow", "skip"))):

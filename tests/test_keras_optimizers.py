@@ -163,13 +163,13 @@ def kinds(kind):
 
 
 def cases():
-    """Keras's tests, each with twins and, on the quickest backend, without, with the marks of when Keras runs them."""
+    """Keras's tests, each with and without twins, and with the marks that say when Keras runs them."""
     for path in sorted(FOLDER.glob("*_test.py")):
         module = importlib.import_module(f"keras.src.optimizers.{path.stem}")
         for case in vars(module).values():
             if isinstance(case, type) and issubclass(case, unittest.TestCase) and case.__module__ == module.__name__:
                 for name in unittest.TestLoader().getTestCaseNames(case):
-                    for twins in (True, False) if BACKEND == "torch" else (True,):
+                    for twins in (True, False):
                         marks = list(marks_of(case, name, twins))
                         yield pytest.param(
                             case, name, twins, marks=marks, id=f"{path.stem}-{name}-{'twins' if twins else 'untied'}"

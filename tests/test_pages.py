@@ -24,9 +24,10 @@ WITH_EXAMPLES = [page for page in PAGES if pages.blocks(page)]
 
 def case(page):
     name = pages.title(page)
-    compiles = BACKEND == "jax" and page != README
-    long = pytest.mark.skipif(compiles, reason="its models take minutes to compile; TensorFlow and PyTorch run them")
-    return pytest.param(page, id=name, marks=() if name in QUICK else (pytest.mark.slow, long))
+    elsewhere = pytest.mark.skipif(
+        BACKEND == "jax" and page != README, reason="takes minutes to compile; TensorFlow and PyTorch run it"
+    )
+    return pytest.param(page, id=name, marks=() if name in QUICK else (pytest.mark.slow, elsewhere))
 
 
 @pytest.mark.parametrize("page", list(map(case, WITH_EXAMPLES)))

@@ -110,7 +110,7 @@ def test_orders_of_pcgrad_are_permutations_and_change_with_the_step():
 def test_the_authors_of_torchjd_compute_the_same(n):
     torchjd = pytest.importorskip("torchjd.aggregation")
     torch = pytest.importorskip("torch")
-    for seed in range(6):
+    for seed in range(20):
         g = conflicting(n, 12, seed)
         gramian = torch.from_numpy(g @ g.T)
         theirs = {
@@ -347,7 +347,7 @@ def test_what_is_no_weight_for_each_use_is_an_error():
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("reduction", [MGDA(), "sum", "mean"], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean", MGDA()], ids=str)
 def test_conflicts_are_logged_without_changing_a_bit(mode, reduction):
     x, y = opposed()
     y = [30.0 * target for target in y]  # so that all steps conflict

@@ -183,9 +183,9 @@ class Conflicts(Task):
 
     def draw(self, figure: Any, records: Sequence[Record]) -> None:
         panels = figure.subplots(1, len(TASKS), sharey=True)
+        panels[1].sharex(panels[0])  # the two accuracies
         for axes, (task, what) in zip(panels, TASKS.items(), strict=True):
             results = {name: curves.chosen(records, name, task) for name in curves.measured(records)}
             curves.dots(axes, results, known=WAYS)
             axes.set_xlabel(what)
-        panels[1].sharex(panels[0])  # the two accuracies
         curves.explain(panels[-1], "dots: splits; bars: standard error")
