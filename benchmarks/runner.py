@@ -1,7 +1,8 @@
 """One run: a progress bar a task, then the tables, the files and the pictures.
 
 What is not timed runs first, a case on each core; then what is timed, one case after the other. In a full run each
-timed task has a process of its own, since allocators keep much of what large models leave behind.
+timed task has a process of its own, since allocators keep much of what large models leave behind. The times of a smoke
+run mean nothing, so there all cases run at once.
 """
 
 import multiprocessing
@@ -75,8 +76,9 @@ def measure(console: Console, journal: Journal, tasks: Mapping[str, Task], optio
             missing = [case for case in of_task if (name, case) not in journal]
             progress.advance(bars[name], len(of_task) - len(missing))
             todo[name] = [joblib.delayed(worker.measure)(name, case, options) for case in missing]
-        untimed = [name for name, task in tasks.items() if not task.timed]
-        for names in (untimed, *([name] for name, task in tasks.items() if task.timed)):
+        timed = [name for name, task in tasks.items() if task.timed and options.size != "smoke"]
+        untimed = [name for name in tasks if name not in timed]
+        for names in (untimed, *([name] for name in timed)):
             for name in names:
                 progress.start_task(bars[name])
             for line in run_all([call for name in names for call in todo[name]], options, timed=names is not untimed):

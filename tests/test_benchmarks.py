@@ -62,6 +62,7 @@ def run(task, monkeypatch, folder, name="quality/squares", part="all", options=S
     monkeypatch.setattr(discovery, "names", lambda part: list(tasks))
     monkeypatch.setattr(discovery, "load", load)
     monkeypatch.setattr(keras.backend, "clear_session", lambda **_: None)  # it collects garbage, after every case
+    monkeypatch.setattr(runner, "run_all", lambda calls, options, timed: (call[0](*call[1]) for call in calls))
     screen = io.StringIO()
     status = runner.run(part, options, folder, Console(file=screen, width=200))
     return status, screen.getvalue()
@@ -111,7 +112,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
 
 def test_a_run_of_all_parts_leaves_out_what_is_not_the_main_comparison(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(runner, "run_all", lambda calls, options, timed: (call[0](*call[1]) for call in calls))
     for part, size, expected in [("all", "quick", 0), ("all", "full", 0), ("quality", "full", 4), ("all", "smoke", 4)]:
         main, aside = Squares(), Squares()
         aside.main = False

@@ -82,8 +82,8 @@ is_traced = _native.is_traced
 computes_later = _native.computes_later
 """Whether what is computed here only has a shape, or becomes part of a step that is run later."""
 
-may_be_traced = _native.may_be_traced
-"""Whether a compiled function may hold a variable, or what it was constrained and regularized by."""
+perhaps_traced = _native.perhaps_traced
+"""Those of some variables that a compiled function may hold, or what they were constrained and regularized by."""
 
 forget_traces = _native.forget_traces
 """Has a function traced anew, whoever holds what was traced of it. JAX knows a bound method by its object."""

@@ -3,7 +3,7 @@
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -83,8 +83,8 @@ def computes_later() -> bool:
     return in_symbolic_scope() or is_tracing()
 
 
-def may_be_traced(variable: keras.Variable) -> bool:
-    return True  # compiled functions leave no sign
+def perhaps_traced(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
+    return list(variables)  # compiled functions leave no sign
 
 
 def forget_traces(function: Callable[..., Any]) -> None:

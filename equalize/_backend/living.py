@@ -59,7 +59,7 @@ def retrace(variables: Iterable[keras.Variable]) -> None:
     Args:
         variables: Variables that have changed their rule or their layers.
     """
-    for model in models_holding([variable for variable in variables if backend.may_be_traced(variable)]):
+    for model in models_holding(backend.perhaps_traced(variables)):
         retrace_model(model)
 
 

@@ -5,7 +5,7 @@ import math
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -71,13 +71,19 @@ def computes_later() -> bool:
     return in_symbolic_scope() or tf.inside_function()
 
 
-def may_be_traced(variable: keras.Variable) -> bool:
+def perhaps_traced(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
     # Graphs hold the handles of the variables that they have captured, so nobody else's count of references is larger.
-    if isinstance(variable.value, tf.distribute.DistributedValues):
-        return True
-    with tf.init_scope():
-        untraced = tf.Variable(tf.constant(0.0))
-    return sys.getrefcount(variable.value.handle) > sys.getrefcount(untraced.handle)
+    @functools.cache
+    def untraced() -> tf.Variable:
+        with tf.init_scope():
+            return tf.Variable(tf.constant(0.0))
+
+    def may_be(held: Any) -> bool:
+        if isinstance(held, tf.distribute.DistributedValues):
+            return True
+        return sys.getrefcount(held.handle) > sys.getrefcount(untraced().handle)
+
+    return [variable for variable in variables if may_be(variable.value)]
 
 
 def forget_traces(function: Callable[..., Any]) -> None:

@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -81,8 +81,8 @@ def computes_later() -> bool:
     return in_symbolic_scope()
 
 
-def may_be_traced(variable: keras.Variable) -> bool:
-    return False  # what `torch.compile` compiled looks at attributes itself
+def perhaps_traced(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
+    return []  # what `torch.compile` compiled looks at attributes itself
 
 
 def forget_traces(function: Callable[..., Any]) -> None:
