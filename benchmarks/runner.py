@@ -2,7 +2,7 @@
 
 What is not timed runs first, a case on each core; then what is timed, one case after the other. In a full run each
 timed task has a process of its own, since allocators keep much of what large models leave behind. The times of a smoke
-run mean nothing, so there all cases run at once.
+run mean nothing, so there a case of any task runs on each core.
 """
 
 import multiprocessing
