@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         dest="size",
         action="store_const",
         const="full",
-        help="all ways, more seeds and sizes: an hour and more on two cores",
+        help="all ways, more seeds and sizes: about two hours on two cores",
     )
     parser.add_argument("--backend", choices=BACKENDS, default=os.environ.get("KERAS_BACKEND", BACKENDS[0]))
     parser.add_argument("--seed", type=int, default=0, help="where all randomness comes from (default: 0)")
